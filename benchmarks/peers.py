@@ -1,0 +1,131 @@
+"""``ptl`` beside the library that most people would take instead, on the same model, rows and count of tokens.
+
+``python -m benchmarks.peers --stage sft --adapter none --dtype fp32`` runs both sides in turn, each in a fresh process,
+and adds one line to ``benchmarks/results/peers_<stage>.json``. Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from benchmarks import record
+from benchmarks.peer_stages.compare import Measured, Pair, check_same_work, compare, run_side
+
+HELPERS = ("compare", "machine", "rows")
+STAGES = tuple(
+    sorted(
+        path.stem
+        for path in Path(__file__).with_name("peer_stages").glob("*.py")
+        if not path.stem.startswith("_") and path.stem not in HELPERS
+    )
+)
+
+
+def stage_module(name: str) -> ModuleType:
+    """The module of a stage, one of ``STAGES``."""
+    return importlib.import_module(f"benchmarks.peer_stages.{name}")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; the options of a stage are its module's."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--stage", choices=STAGES, default="sft")
+    stage = first.parse_known_args(argv)[0].stage
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--stage", choices=STAGES, default="sft")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "bf16-mixed"), default="fp32", help="of the weights")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", type=Path, default=Path("assets/smollm2-135m-instruct"), help="folder of `make demo`")
+    parser.add_argument("--rows", type=Path, nargs="+", help="JSONL files of conversations; default assets/demo/*.jsonl")
+    parser.add_argument("--columns", nargs=2, metavar=("USER", "ASSISTANT"), help="of rows that have no `messages`")
+    parser.add_argument("--tokens", type=int, nargs=2, default=(64, 512), help="shortest and longest row")
+    parser.add_argument("--pairs", type=int, default=3, help="runs of each side")
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of a run, warm-up included")
+    parser.add_argument("--warmup", type=int, default=1, help="first steps of a run that are not timed")
+    parser.add_argument("--batch-rows", type=int, default=8, help="rows of an optimizer step")
+    parser.add_argument("--lr", type=float, help="default 2e-5, with LoRA 2e-4; constant")
+    parser.add_argument("--weight-decay", type=float, default=0.0)
+    parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0 for no clipping")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=record.core_count())
+    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds that one run may take")
+    parser.add_argument("--only", choices=("ptl", "peer"), help="run one side once and print it; nothing is recorded")
+    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the results")
+    stage_module(stage).add_arguments(parser)
+    args = parser.parse_args(argv)
+    if not 0 <= args.warmup < args.steps:
+        parser.error(f"--warmup {args.warmup} leaves none of --steps {args.steps}")
+    if args.pairs < 1:
+        parser.error(f"--pairs must be 1 or more, got {args.pairs}")
+    args.rows = args.rows or sorted(Path("assets/demo").glob("*.jsonl"))
+    for path in (args.model / "config.json", *args.rows):
+        if not path.exists():
+            parser.error(f"{path} is not there: run `make demo`, which makes assets/, or give --model and --rows")
+    if not args.rows:
+        parser.error("no rows: run `make demo`, which makes assets/demo, or give --rows")
+    return args
+
+
+def show(side: str, run: Measured, warmup: int) -> None:
+    seconds = run.seconds[warmup:]
+    rate = sum(run.useful_tokens[warmup:]) / sum(seconds)
+    print(
+        f"{side:<5} {sum(seconds) / len(seconds):8.3f} s/step ({sum(run.cpu_seconds[warmup:]) / len(seconds):.1f} CPU s) {rate:8.1f} useful tokens/s "
+        f"{run.peak_bytes / 1e9:6.2f} GB  matmul {run.matmul_rates['fp32'] / 1e9:.0f} fp32, "
+        f"{run.matmul_rates['bf16'] / 1e9:.0f} bf16 GFLOP/s  losses {[round(loss, 5) for loss in run.losses[:5]]}",
+        flush=True,
+    )
+
+
+def result(args: argparse.Namespace, spec: dict[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
+    """The line that is recorded, but for the common keys."""
+    stage = stage_module(args.stage)
+    adapter = {"none": "full"}.get(spec.get("adapter", "none"), spec.get("adapter"))
+    return {
+        "stage": args.stage,
+        "variant": f"{adapter}-{args.dtype}",
+        "peer": f"{stage.PEER_PACKAGE} {metadata.version(stage.PEER_PACKAGE)} {stage.PEER}",
+        **compare(pairs, warmup=args.warmup, dtype="fp32" if args.dtype == "fp32" else "bf16"),
+        "model": args.model.name,
+        "threads": args.threads,
+        "batch_rows": args.batch_rows,
+        **{key: spec[key] for key in ("rows_sha256", "mean_tokens") if key in spec},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    stage = stage_module(args.stage)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        spec = stage.make_spec(args, folder)
+        settings: dict[str, Any] = {"threads": args.threads, "device": args.device, "timeout": args.timeout}
+        if args.only:
+            show(args.only, run_side(args.stage, args.only, spec, folder, **settings), args.warmup)
+            return 0
+        pairs = []
+        for _ in range(args.pairs):
+            runs = {}
+            for side in ("ptl", "peer"):
+                runs[side] = run_side(args.stage, side, spec, folder, **settings)
+                show(side, runs[side], args.warmup)
+            pairs.append(Pair(**runs))
+            check_same_work(pairs[-1])
+    line = record.append(f"peers_{args.stage}", result(args, spec, pairs), device=args.device, folder=args.results)
+    print(
+        f"ratio {line['ratio']} memory_ratio {line['memory_ratio']} "
+        f"largest difference of losses {line['losses']['largest_difference']}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,290 @@
+"""Checkpoints that are whole or absent, in the run folder, and the newest of them.
+
+ZeRO checkpoints are folders and are made whole by ``ptl.strategies``; the single files of every other strategy are
+made whole here.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor, nn
+
+from ptl.callbacks.durable import TEMPORARY, replacing
+from ptl.callbacks.record import run_folder
+from ptl.strategies.checkpoints import CheckpointError, latest_complete, read_record
+
+FOLDER = "checkpoints"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Single-file checkpoints that appear under their name when they are whole and on the disk.
+
+    A save that fails or is killed leaves what was there before untouched. The file is written straight from the
+    tensors, without a second copy of the checkpoint in memory.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes the checkpoint.
+
+        Raises:
+            CheckpointError: it cannot be written; the message names the newest whole checkpoint beside it.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        try:
+            with replacing(target) as temporary, open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(_cannot_write(target, _first_cause(error))) from error
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads a checkpoint.
+
+        Raises:
+            CheckpointError: the file is not whole, or it holds pickled code and ``weights_only`` is not False.
+            FileNotFoundError: there is none.
+        """
+        try:
+            return super().load_checkpoint(path, map_location, weights_only)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path} holds pickled Python objects, which can run any code when loaded, or is not a checkpoint: "
+                "load it with weights_only=False only if you know who made it"
+            ) from error
+        except (RuntimeError, EOFError) as error:
+            raise CheckpointError(f"{path} is not whole: {error}; {_last_good(Path(path))}") from error
+
+
+class Checkpoint(ModelCheckpoint):
+    """Saves checkpoints into ``RUN/checkpoints``, whole or not at all.
+
+    Without ``monitor`` the newest is kept, whatever validation says: a resume goes on from it, so that a killed run
+    loses the steps since then and no more; the last of ``max_steps`` or ``max_epochs`` is saved too. With ``monitor``
+    the best ones are kept; use both, one entry each.
+
+    Arguments:
+        dirpath: where to; ``checkpoints`` in the run folder by default.
+        filename: pattern of the names.
+        monitor: logged metric whose best values are kept; None keeps the newest.
+        mode: whether the lower (``min``) or the higher (``max``) value is the better.
+        save_top_k: checkpoints that are kept; without ``monitor`` 1, -1 for all or 0 for none.
+        every_n_train_steps: optimizer steps between saves; by default each epoch's end is saved, or with ``monitor``
+            each validation.
+        kwargs: the other arguments of Lightning's ModelCheckpoint.
+
+    Raises:
+        CheckpointError: from the training loop, on every rank before anything is touched: the disk lacks the room.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        *,
+        filename: str | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        save_top_k: int = 1,
+        every_n_train_steps: int | None = None,
+        enable_version_counter: bool = False,
+        auto_insert_metric_name: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if monitor is None and every_n_train_steps is None:
+            kwargs.setdefault("save_on_train_epoch_end", True)
+        super().__init__(
+            dirpath=dirpath,
+            filename=filename or ("step={step:08d}" if monitor is None else "best-step={step:08d}"),
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            every_n_train_steps=every_n_train_steps,
+            enable_version_counter=enable_version_counter,
+            auto_insert_metric_name=auto_insert_metric_name,
+            **kwargs,
+        )
+        self._saved_step = -1
+        self._resumed_from: Path | None = None
+
+    # ---- what is saved when ----
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.dirpath is None:
+            self.dirpath = os.path.realpath(run_folder(trainer) / FOLDER)
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if trainer.is_global_zero and "://" not in str(self.dirpath):
+            for leftover in Path(self.dirpath).glob(f".*{TEMPORARY}"):
+                if leftover.is_file():
+                    leftover.unlink()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        resumed = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
+        inside = resumed is not None and self.dirpath is not None and Path(self.dirpath) in resumed.parents
+        self._resumed_from = resumed if inside else None
+        self._saved_step = trainer.global_step if inside else -1
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.global_step == trainer.max_steps:
+            self._save_last(trainer)
+        self._drop_resumed(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            self._save_last(trainer)
+        self._drop_resumed(trainer)
+
+    def _save_last(self, trainer: L.Trainer) -> None:
+        """Saves the step that ends the training, so that a longer run can go on from it.
+
+        Here and not at the end of the fit: by then Lightning has counted a partial epoch as done.
+        """
+        saved = self._saved_step == trainer.global_step
+        if saved or self.monitor is not None or not self.save_top_k or getattr(trainer, "fast_dev_run", False):
+            return
+        previous = self.best_model_path
+        metrics = {"step": torch.tensor(trainer.global_step), "epoch": torch.tensor(trainer.current_epoch)}
+        self.best_model_path = self.format_checkpoint_name({**trainer.callback_metrics, **metrics})
+        trainer.save_checkpoint(self.best_model_path, self.save_weights_only)
+        if self.save_top_k == 1 and previous not in ("", self.best_model_path):
+            trainer.strategy.remove_checkpoint(previous)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """All ranks see whether there is room, before anything is written or removed."""
+        problem = self._no_room(checkpoint, pl_module) if trainer.is_global_zero else None
+        problem = trainer.strategy.broadcast(problem)
+        if problem:
+            raise CheckpointError(problem)
+        self._saved_step = trainer.global_step
+
+    def _no_room(self, checkpoint: Mapping[str, Any], module: nn.Module) -> str | None:
+        """Says that the disk cannot hold this checkpoint, when that is certain."""
+        folder = Path(self.dirpath or ".")
+        if "://" in str(folder):
+            return None
+        present = next((parent for parent in (folder, *folder.parents) if parent.exists()), Path("."))
+        needed = tensor_bytes(checkpoint.get("optimizer_states")) + tensor_bytes(trainable_state_dict(module))
+        free = shutil.disk_usage(present).free
+        if needed <= free:
+            return None
+        reason = f"it needs at least {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
+        return _cannot_write(folder / "the next one", reason)
+
+    def _drop_resumed(self, trainer: L.Trainer) -> None:
+        """Removes the checkpoint that this attempt resumed from, once a newer one is there.
+
+        Lightning keeps it for ever, one more for each time that the run is resumed.
+        """
+        old = self._resumed_from
+        if old is None or self.monitor is not None or self.save_top_k != 1:
+            return
+        if self.best_model_path and Path(self.best_model_path).resolve() != old:
+            self._resumed_from = None
+            trainer.strategy.remove_checkpoint(str(old))
+
+
+def trainable_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """What of a module's state dict training can change: the rest is rebuilt from the names of its parts.
+
+    Kept: parameters that are trained, under each of their names when tied, and persistent buffers of modules that
+    train something or that hang directly in one that does. Left out: frozen parameters with a quantiser's statistics
+    of them, and the buffers of frozen models.
+    """
+    trained = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    learns = {"": any(p.requires_grad for p in module.parameters())}
+    for name, child in module.named_modules():
+        parameters = list(child.parameters())
+        # A module without parameters, as a running mean is, follows the one it hangs in.
+        learns[name] = any(p.requires_grad for p in parameters) if parameters else learns[name.rpartition(".")[0]]
+    return {
+        key: value
+        for key, value in module.state_dict().items()
+        if key in trained or (key in buffers and learns.get(key.rpartition(".")[0], True))
+    }
+
+
+def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
+    """The whole checkpoint of the most steps in a run folder, a file or a ZeRO folder; None where there is none.
+
+    What a killed save left is passed over. Of two with as many steps the one written last is taken.
+
+    Arguments:
+        run_dir: the run folder, or its ``checkpoints``.
+    """
+    folder = Path(run_dir)
+    folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
+    found = [(step, path.stat().st_mtime, path) for path, step in _whole_files(folder)]
+    sharded = latest_complete(folder)
+    if sharded is not None:
+        record = read_record(sharded)
+        found.append((record.global_step, record.saved_at, sharded))
+    return max(found)[2] if found else None
+
+
+def _whole_files(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Single-file checkpoints that can be read, and their optimizer steps."""
+    for path in folder.glob("*.ckpt") if folder.is_dir() else ():
+        if path.is_file() and not path.name.startswith("."):
+            try:
+                # Memory-mapped: only the structure is read, not the tensors.
+                yield path, int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
+            except pickle.UnpicklingError:
+                # Whole, but with objects that only its owner can vouch for: the name has to do.
+                step = re.search(r"step=(\d+)", path.name)
+                yield path, int(step.group(1)) if step else 0
+            except (RuntimeError, OSError, EOFError, KeyError, ValueError):
+                continue
+
+
+def tensor_bytes(tree: Any) -> int:
+    """Bytes of the tensors in nested dicts, lists and tuples."""
+    if isinstance(tree, Tensor):
+        return tree.numel() * tree.element_size()
+    if isinstance(tree, Mapping):
+        return sum(tensor_bytes(item) for item in tree.values())
+    if isinstance(tree, list | tuple):
+        return sum(tensor_bytes(item) for item in tree)
+    return 0
+
+
+def _cannot_write(target: Path, reason: object) -> str:
+    return (
+        f"cannot write the checkpoint {target}: {reason}; {_last_good(target)}. Free space, keep fewer checkpoints "
+        "(save_top_k) or set another dirpath, then resume"
+    )
+
+
+def _last_good(target: Path) -> str:
+    newest = latest_checkpoint(target.parent)
+    return f"the newest whole checkpoint is {newest}" if newest else "there is no whole checkpoint beside it"
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The system's error behind torch's: its writer reports only that it failed."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__cause__ or seen.__context__
+    return seen or error

@@ -1,0 +1,118 @@
+"""The trained model as a plain Hugging Face folder at the end of a run (law 9)."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
+from torch import Tensor, nn
+
+from ptl.callbacks.health import EngineStrategy
+from ptl.callbacks.record import run_folder
+from ptl.models.adapters import is_adapted
+from ptl.models.export import export
+from ptl.strategies.partition import consolidated_state_dict
+
+if TYPE_CHECKING:
+    from ptl.data.render import Renderer
+    from ptl.models.spec import ModelSpec
+
+FOLDER, ADAPTER_FOLDER = "export", "export_adapter"
+
+
+class Export(L.Callback):
+    """Writes ``RUN/export``, which ``from_pretrained`` reads, and with an adapter ``RUN/export_adapter`` beside it.
+
+    ``RUN/export`` is a plain model: LoRA is merged into its base and codes are dequantised. Each folder is whole or
+    absent; an earlier export is replaced. Rank 0 writes; under ZeRO-3 the shards are gathered in its host memory.
+
+    Arguments:
+        which: the weights of the ``last`` step, or of the ``best`` checkpoint, which needs a checkpoint callback with
+            ``monitor`` and a strategy other than ZeRO.
+        dtype: of the weights; None keeps the model's own.
+        merged: write ``RUN/export``.
+        adapter: write ``RUN/export_adapter``, where there is an adapter that loads elsewhere.
+        console: say where the folders are.
+    """
+
+    def __init__(
+        self,
+        *,
+        which: Literal["last", "best"] = "last",
+        dtype: Literal["bf16", "fp32", "fp16"] | None = None,
+        merged: bool = True,
+        adapter: bool = True,
+        console: bool = True,
+    ) -> None:
+        if which not in ("last", "best"):
+            raise ValueError(f"Export.which must be last or best, got {which!r}")
+        self.which = which
+        self.dtype = dtype
+        self.merged = merged
+        self.adapter = adapter
+        self.console = console
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" or self.which == "last":
+            return
+        if isinstance(trainer.strategy, EngineStrategy):
+            raise ValueError("Export.which best cannot read ZeRO's checkpoints: set it to last")
+        if _best_keeper(trainer) is None:
+            raise ValueError(
+                "Export.which best needs a Checkpoint with monitor among trainer.callbacks: add one, or last"
+            )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        policy: Any = pl_module.policy
+        renderer: Renderer = trainer.datamodule.renderer  # pyright: ignore[reportAttributeAccessIssue]
+        state = self._state(trainer, policy)
+        written: list[Path] = []
+        problem: Exception | None = None
+        if trainer.is_global_zero:
+            try:
+                spec = getattr(pl_module, "spec", None)
+                written = self._write(run_folder(trainer), policy, renderer, state, spec)
+            except (ValueError, OSError) as error:
+                problem = error
+        # Rank 0's mistake is every rank's: none waits for one that has left.
+        problem = trainer.strategy.broadcast(problem)
+        if problem is not None:
+            raise problem
+        if self.console and trainer.is_global_zero:
+            for folder in written:
+                Console().print(f"exported to {shlex.quote(str(folder))}", soft_wrap=True, highlight=False)
+
+    def _write(
+        self, run_dir: Path, policy: nn.Module, renderer: Renderer, state: Mapping[str, Tensor], spec: ModelSpec | None
+    ) -> list[Path]:
+        written = []
+        options: dict[str, Any] = {"generation_eos": renderer.terminators, "state_dict": state, "spec": spec}
+        if self.merged:
+            written.append(export(policy, renderer.tokenizer, run_dir / FOLDER, dtype=self.dtype, **options))
+        # The adapter of a base that exists nowhere else would be of no use.
+        stands = spec is not None and not spec.random_init and not spec.config_overrides
+        if self.adapter and is_adapted(policy) and stands:
+            folder = run_dir / ADAPTER_FOLDER
+            written.append(export(policy, renderer.tokenizer, folder, dtype=None, merged=False, **options))
+        return written
+
+    def _state(self, trainer: L.Trainer, policy: nn.Module) -> dict[str, Tensor]:
+        """The whole state dict on rank 0. All ranks call it."""
+        state = consolidated_state_dict(policy, trainable_only=not self.merged)
+        keeper = _best_keeper(trainer) if self.which == "best" else None
+        if keeper is not None and keeper.best_model_path and trainer.is_global_zero:
+            saved = trainer.strategy.checkpoint_io.load_checkpoint(keeper.best_model_path, weights_only=True)
+            best = {k.removeprefix("policy."): v for k, v in saved["state_dict"].items() if k.startswith("policy.")}
+            state |= {name: tensor for name, tensor in best.items() if name in state}
+        return state
+
+
+def _best_keeper(trainer: L.Trainer) -> ModelCheckpoint | None:
+    return next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor), None)

@@ -1,0 +1,79 @@
+"""The key of prepared data: everything the tokens depend on, and nothing that would miss a reuse.
+
+Data by content (size and digests, ``files.file_identity``), the source's options, tokenizer, template and policy
+(``Renderer.fingerprint``), the view, the length limit, and the code: the source text of every module of ``ptl.data``
+but those listed in ``AFTER``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ptl.data.files import resolve
+from ptl.data.render import Renderer, Truncation
+from ptl.data.sources import Source
+from ptl.data.views import View
+
+AFTER = (
+    *("audit.py", "claim.py", "held_out.py", "loader.py", "module.py", "order.py", "packing.py", "parts.py"),
+    *("prepare.py", "preview.py", "progress.py", "report.py", "units.py", "workers.py"),
+)
+"""Modules that say how rows are counted, shown, ordered or awaited, not what their tokens are."""
+LIBRARIES = ("tokenizers", "transformers")
+
+
+def cache_inputs(
+    sources: Sequence[Source],
+    *,
+    view: View,
+    renderer: Renderer,
+    max_length: int,
+    truncation: Truncation,
+    deduplicate: bool,
+) -> dict[str, Any]:
+    """What prepared data is made from, as JSON; equal inputs give equal tokens. Arguments as for ``prepare``."""
+    return {
+        "sources": [_source(source) for source in sources],
+        "renderer": renderer.fingerprint(),
+        "view": f"{type(view).__module__}.{type(view).__qualname__}",
+        "max_length": max_length,
+        "truncation": truncation,
+        "deduplicate": deduplicate,
+        "code": code_version(view),
+        "libraries": {name: metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def cache_key(inputs: Mapping[str, Any]) -> str:
+    """32 hexadecimal digits."""
+    return hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _source(source: Source) -> dict[str, Any]:
+    """A source without its name and weight, which change no token."""
+    return {
+        "format": source.format,
+        "split": source.split,
+        "columns": source.columns,
+        "roles": source.roles,
+        "limit": source.limit,
+        "files": [file.identity() for file in resolve(source)],
+    }
+
+
+def code_version(view: View, folder: Path = Path(__file__).parent) -> str:
+    """Hash of the modules that make tokens, and of the view's own where it lies elsewhere."""
+    modules = {path for path in folder.glob("*.py") if path.name not in AFTER}
+    modules |= {
+        Path(inspect.getfile(kind)) for kind in type(view).__mro__ if kind.__module__ not in ("abc", "builtins")
+    }
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(modules):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

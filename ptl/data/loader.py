@@ -1,0 +1,178 @@
+"""The loader that Lightning iterates: micro-batches planned in the main process, read and collated where torch says.
+
+It is an iterable of its own around ``torch.utils.data.DataLoader``. Lightning therefore never replaces its sampler,
+and nothing is read, planned or forked before the first batch is asked for: by then a checkpoint's position is loaded,
+whatever asked for the loader before (Lightning issue #20550).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ptl.data.batches import Layout
+from ptl.data.order import Plan
+from ptl.data.units import Units
+from ptl.data.views import View
+
+
+class MicroBatch(NamedTuple):
+    """What a micro-batch is made of; all that a worker process is told.
+
+    Attributes:
+        rows: int64 [D], rows of the prepared data.
+        filler: bool [D], True where the row only fills a place and carries no loss weight.
+        window_weight: sum of the loss weights over the optimizer window and all ranks.
+    """
+
+    rows: np.ndarray
+    filler: np.ndarray
+    window_weight: float
+
+
+def train_batches(plan: Plan, units: Units, rank: int, *, bucket: bool) -> Iterator[MicroBatch]:
+    """The micro-batches of one rank from ``plan.start`` to the end of the epoch."""
+
+    def sizes(entries: np.ndarray) -> np.ndarray:
+        return units.sizes(units.of_epoch(plan.epoch, entries))
+
+    for step in range(plan.steps):
+        window_weight = float(units.loss_weights(units.of_epoch(plan.epoch, plan.window(step))).sum())
+        dealt = plan.deal(step, rank, sizes, bucket=bucket)
+        for entries, real in zip(dealt.units, dealt.real):
+            rows, counts = units.rows(units.of_epoch(plan.epoch, entries))
+            yield MicroBatch(rows, np.repeat(~real, counts), window_weight)
+
+
+def eval_batches(plan: Plan, units: Units, rank: int, *, bucket: bool) -> Iterator[MicroBatch]:
+    """The micro-batches of one rank over all units once; each has its own weight as ``window_weight``."""
+    for step in range(plan.steps):
+        dealt = plan.deal(step, rank, units.sizes, bucket=bucket)
+        for members, real in zip(dealt.units, dealt.real):
+            rows, counts = units.rows(members)
+            yield MicroBatch(rows, np.repeat(~real, counts), float(units.loss_weights(members[real]).sum()))
+
+
+class RowDataset(Dataset[Any]):
+    """Micro-batches out of memory-mapped rows: ``dataset[MicroBatch]`` is the view's batch.
+
+    Args:
+        rows: prepared rows, a ``datasets.Dataset``.
+        view: collates them.
+        layout: of the batches.
+        pad_id: id that fills padded rows.
+    """
+
+    def __init__(self, rows: Any, view: View, layout: Layout, pad_id: int) -> None:
+        self._rows = rows.select_columns([*view.features, "source"]).with_format("arrow")
+        self._view = view
+        self._layout: Layout = layout
+        self._pad_id = pad_id
+
+    def __getitem__(self, index: MicroBatch) -> Any:
+        examples = table_rows(self._rows[index.rows.tolist()])
+        examples = [
+            self._view.without_weight(example) if filler else example
+            for example, filler in zip(examples, index.filler.tolist())
+        ]
+        return self._view.collate(examples, layout=self._layout, pad_id=self._pad_id, window_weight=index.window_weight)
+
+
+def table_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows of an Arrow table as dicts; lists of numbers are numpy views, everything else plain Python values."""
+    columns = {name: _values(table.column(name).combine_chunks()) for name in table.column_names}
+    return [{name: values[row] for name, values in columns.items()} for row in range(table.num_rows)]
+
+
+def _values(column: pa.Array) -> Sequence[Any]:
+    if not pa.types.is_list(column.type) or not pa.types.is_primitive(column.type.value_type):
+        return column.to_pylist()
+    flat = column.values.to_numpy(zero_copy_only=False)
+    return [flat[begin:end] for begin, end in zip(column.offsets.to_pylist(), column.offsets.to_pylist()[1:])]
+
+
+class _Planned(Sampler[MicroBatch]):
+    """Hands the planned micro-batches to torch as indices."""
+
+    def __init__(self, batches: Callable[[], Iterable[MicroBatch]]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return iter(self._batches())
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class Loader:
+    """Iterates planned micro-batches as collated batches.
+
+    Args:
+        dataset: makes a batch of a ``MicroBatch``.
+        batches: called when the first batch of a pass is asked for.
+        count: batches of a whole pass, for ``len``; called each time.
+        num_workers: processes that read and collate; they stay between passes. 0 does it in this process.
+        pin_memory: page-locked batches, for a copy to a GPU.
+    """
+
+    def __init__(
+        self,
+        dataset: RowDataset,
+        batches: Callable[[], Iterable[MicroBatch]],
+        count: Callable[[], int],
+        *,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self._count = count
+        self._loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=_Planned(batches),
+            collate_fn=_as_is,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # the loader draws a seed each pass; the run's own generator is left alone
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._loader
+
+    def __len__(self) -> int:
+        return self._count()
+
+
+class ResumableLoader(Loader):
+    """A ``Loader`` whose state Lightning may save and load; it is the data module's, and the same on every rank.
+
+    Lightning warns of a loader without state that a resumed epoch is not exact. The position comes from the data
+    module, which holds it whether or not Lightning hands it to the loader as well.
+    """
+
+    def __init__(
+        self,
+        dataset: RowDataset,
+        batches: Callable[[], Iterable[MicroBatch]],
+        count: Callable[[], int],
+        *,
+        state: Callable[[], dict[str, Any]],
+        load_state: Callable[[Mapping[str, Any]], None],
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(dataset, batches, count, num_workers=num_workers, pin_memory=pin_memory)
+        self._state = state
+        self._load_state = load_state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._load_state(state)

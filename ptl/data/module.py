@@ -1,0 +1,343 @@
+"""The data module of every objective: sources in, micro-batches out, in an order that survives kill and resize."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from functools import cached_property
+from typing import Any
+
+import lightning as L
+
+from ptl.data.audit import Audit, Thresholds
+from ptl.data.batches import Layout
+from ptl.data.loader import Loader, MicroBatch, ResumableLoader, RowDataset, eval_batches, train_batches
+from ptl.data.order import Plan
+from ptl.data.parts import Part, Preparation, Split, open_part
+from ptl.data.prepare import Prepared
+from ptl.data.prepare import prepare as prepare_rows
+from ptl.data.progress import Cursor, Position, epoch_batches, limited_batches
+from ptl.data.render import Renderer, RenderPolicy, Truncation
+from ptl.data.sources import Source
+from ptl.data.tokenizer import load_tokenizer
+from ptl.data.views import ChatView, View
+
+_POLICY = RenderPolicy()
+_THRESHOLDS = Thresholds()
+_PREPARATION = Preparation()
+
+
+class ChatDataModule(L.LightningDataModule):
+    """Rows of many sources as batches for any objective.
+
+    A *unit* is a row, or with ``pack_to`` a pack of rows. Each optimizer step takes the next ``world_size *
+    accumulate_grad_batches * micro_batch_size`` units of a seeded order and deals them to ranks and micro-batches,
+    balanced by tokens; its last, partial step in an epoch is filled with copies that carry no weight. The position in
+    the data is in every checkpoint, and a resume goes on there on any number of ranks, with any accumulation.
+
+    Arguments:
+        train: sources to learn from. ``Source.weight`` is how many times an epoch sees a source: 2.0 twice, 0.5 a half
+            that changes with the epoch.
+        val: sources to validate on, each seen once.
+        val_fraction: share of the training conversations held out for validation, in [0, 1); not with ``val``.
+        tokenizer: folder or hub name; None takes the model's own.
+        template: chat template: a packaged name, the path of a .jinja file, or Jinja text; None takes the tokenizer's.
+        policy: which turns are trained.
+        max_length: most tokens of a document.
+        truncation: what to do with a longer one.
+        layout: ``packed``, documents end to end without padding; or ``padded``, a document a row, those of a
+            micro-batch of similar length.
+        pack_to: tokens of a pack; None makes each row a unit.
+        micro_batch_size: units in a micro-batch of one rank.
+        seed: of the order and of the packing.
+        shuffle: False walks the units in the order they were made.
+        num_workers: processes of a rank that read and collate batches.
+        thresholds: shares of bad, masked and cut rows that stop the run.
+        preparation: how rows are tokenised and kept.
+        trust_remote_code: run Python code that comes with a tokenizer.
+
+    Attributes:
+        view: what the objective eats; set by ``bind``.
+
+    Raises:
+        ValueError: settings that exclude each other, with the keys to change.
+    """
+
+    def __init__(
+        self,
+        train: list[Source],
+        *,
+        val: list[Source] | None = None,
+        val_fraction: float = 0.0,
+        tokenizer: str | None = None,
+        template: str | None = None,
+        policy: RenderPolicy = _POLICY,
+        max_length: int = 2048,
+        truncation: Truncation = "error",
+        layout: Layout = "packed",
+        pack_to: int | None = None,
+        micro_batch_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        num_workers: int = 0,
+        thresholds: Thresholds = _THRESHOLDS,
+        preparation: Preparation = _PREPARATION,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.train_sources, self.val_sources = list(train), list(val or [])
+        self.val_fraction, self.max_length, self.pack_to = val_fraction, max_length, pack_to
+        self.micro_batch_size, self.seed, self.num_workers = micro_batch_size, seed, num_workers
+        self.tokenizer, self.template, self.policy = tokenizer, template, policy
+        self.truncation: Truncation = truncation
+        self.layout: Layout = layout
+        self.shuffle, self.thresholds, self.preparation = shuffle, thresholds, preparation
+        self.trust_remote_code = trust_remote_code
+        self.view: View = ChatView()
+        self._parts: dict[str, Part] = {}
+        self._cursor = Cursor()
+        self._check()
+
+    def _check(self) -> None:
+        if not self.train_sources:
+            raise ValueError("data.train is empty: give at least one source, for example [{path: data.jsonl}]")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"data.val_fraction must be at least 0 and below 1, got {self.val_fraction}")
+        if self.val_fraction and self.val_sources:
+            raise ValueError("data.val and data.val_fraction exclude each other: remove one")
+        for name, least in (("max_length", 2), ("micro_batch_size", 1), ("seed", 0), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name} must be {least} or more, got {getattr(self, name)}")
+        if self.pack_to is not None and self.pack_to < self.max_length:
+            raise ValueError(
+                f"data.pack_to {self.pack_to} is below data.max_length {self.max_length}, so a row may not fit a pack: "
+                "raise data.pack_to or lower data.max_length"
+            )
+        if self.pack_to is not None and self.layout == "padded":
+            raise ValueError("data.pack_to needs data.layout packed: a padded batch has one document a row")
+
+    def bind(self, *, view: View, tokenizer: str | None) -> None:
+        """Tells the module what the objective eats, and the tokenizer to use where the user named none."""
+        self.view = view
+        self.tokenizer = self.tokenizer or tokenizer
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """What turns messages into tokens, in training as in chat.
+
+        Raises:
+            ValueError: no tokenizer is named.
+        """
+        if self.tokenizer is None:
+            raise ValueError("data.tokenizer is not set and no model gives its own: set it to a folder or hub name")
+        tokenizer = load_tokenizer(self.tokenizer, template=self.template, trust_remote_code=self.trust_remote_code)
+        return Renderer(tokenizer, policy=self.policy)
+
+    # ---- preparation ----
+
+    def prepare(self) -> None:
+        """Tokenises and packs, or opens what was kept; once a process. Runs before process groups exist.
+
+        Raises:
+            ValueError: rows or counts that cannot be trained on, with the source and the key to change.
+        """
+        if self._parts:
+            return
+        weights = tuple(source.weight for source in self.train_sources)
+        train, fraction = self._prepared(self.train_sources), self.val_fraction
+        parts = {"train": self._part(train, weights, Split(fraction=fraction, held_out=False) if fraction else None)}
+        if self.val_sources:
+            val = self._prepared(self.val_sources)
+            parts["val"] = self._part(val, (1.0,) * len(self.val_sources), None)
+        elif fraction:
+            parts["val"] = self._part(train, (1.0,) * len(weights), Split(fraction=fraction, held_out=True))
+        self._parts = parts
+
+    def _prepared(self, sources: list[Source]) -> Prepared:
+        prepared = prepare_rows(
+            sources,
+            view=self.view,
+            renderer=self.renderer,
+            max_length=self.max_length,
+            truncation=self.truncation,
+            max_bad_fraction=self.thresholds.max_bad_fraction,
+            deduplicate=self.preparation.deduplicate,
+            cache_dir=self.preparation.folder,
+            num_proc=self.preparation.num_proc,
+        )
+        prepared.audit.check(self.thresholds)
+        return prepared
+
+    def _part(self, prepared: Prepared, weights: tuple[float, ...], split: Split | None) -> Part:
+        return open_part(prepared, weights=weights, capacity=self.pack_to, seed=self.seed, split=split)
+
+    def prepare_data(self) -> None:
+        self.prepare()
+
+    def setup(self, stage: str) -> None:
+        self.prepare()
+        if stage == "fit":
+            self._cursor.reset()
+
+    @property
+    def audits(self) -> dict[str, Audit]:
+        """The supervision audit of the prepared rows, by ``train`` and, with sources of its own, ``val``."""
+        self.prepare()
+        own = {"train", "val"} if self.val_sources else {"train"}
+        return {name: part.prepared.audit for name, part in self._parts.items() if name in own}
+
+    def source_names(self, stage: str) -> tuple[str, ...]:
+        """Names of the sources that ``TokenBatch.sources`` counts, in ``train``, ``val`` or ``test``."""
+        self.prepare()
+        part = self._parts.get("train" if stage == "train" else "val")
+        return part.prepared.sources if part else ()
+
+    def summary(self) -> dict[str, Any]:
+        """Counts of units, tokens, steps, and how full the packs are, by part."""
+        self.prepare()
+        counts: dict[str, Any] = {name: part.units.summary() for name, part in self._parts.items()}
+        return {**counts, "steps_per_epoch": self.steps_per_epoch}
+
+    # ---- order ----
+
+    def _train_plan(self, position: Position) -> Plan:
+        return Plan(
+            units=self._parts["train"].units.entries,
+            seed=self.seed,
+            epoch=position.epoch,
+            world_size=self.trainer.world_size if self.trainer else 1,
+            accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
+            micro_batch_size=self.micro_batch_size,
+            start=position.units,
+            shuffle=self.shuffle,
+        )
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def _epoch_batches(self) -> int:
+        return epoch_batches(self._train_plan(Position()))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch, with the trainer's limit; schedules take it from here.
+
+        ``trainer.estimated_stepping_batches`` would load the data before a checkpoint's position is known.
+        """
+        self.prepare()
+        accumulate = self._train_plan(Position()).accumulate
+        return -(-limited_batches(self.trainer, self._epoch_batches) // accumulate)
+
+    # ---- loaders ----
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches of this rank, from the loaded position on and then epoch after epoch.
+
+        Raises:
+            ValueError: ``trainer.limit_train_batches`` would cut an optimizer step in two.
+        """
+        accumulate = self._train_plan(Position()).accumulate
+        batches = limited_batches(self.trainer, self._epoch_batches)
+        if self.trainer is not None:
+            if batches % accumulate and not self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+                raise ValueError(
+                    f"trainer.limit_train_batches leaves {batches} micro-batches, which is no multiple of "
+                    f"trainer.accumulate_grad_batches {accumulate}: set it to "
+                    f"{max(1, batches // accumulate) * accumulate}"
+                )
+            self._cursor.expect(self.trainer, self._train_plan, batches)
+
+        def passes() -> Iterator[MicroBatch]:
+            plan = self._cursor.begin(self.trainer, self._train_plan)
+            if plan.accumulate != accumulate:
+                raise ValueError(
+                    f"accumulate_grad_batches changed from {accumulate} to {plan.accumulate} while training, which "
+                    "would change the number of batches of an epoch: remove GradientAccumulationScheduler"
+                )
+            yield from train_batches(plan, self._parts["train"].units, self._rank, bucket=self.layout == "padded")
+
+        return ResumableLoader(
+            self._dataset("train"),
+            passes,
+            lambda: self._epoch_batches,
+            state=self.state_dict,
+            load_state=self.load_state_dict,
+            num_workers=self.num_workers,
+            pin_memory=self._pin_memory,
+        )
+
+    def val_dataloader(self) -> Loader | list[Loader]:
+        """Batches of this rank's share of the validation rows, in their order; as many on every rank."""
+        if "val" not in self._parts:
+            return []
+        units = self._parts["val"].units
+
+        def plan() -> Plan:
+            world_size = self.trainer.world_size if self.trainer else 1
+            return Plan(
+                units=units.entries, world_size=world_size, micro_batch_size=self.micro_batch_size, shuffle=False
+            )
+
+        return Loader(
+            self._dataset("val"),
+            lambda: eval_batches(plan(), units, self._rank, bucket=self.layout == "padded"),
+            lambda: plan().steps,
+            num_workers=self.num_workers,
+            pin_memory=self._pin_memory,
+        )
+
+    def test_dataloader(self) -> Loader | list[Loader]:
+        """The validation rows: there is no third part."""
+        return self.val_dataloader()
+
+    def _dataset(self, part: str) -> RowDataset:
+        tokenizer = self.renderer.tokenizer
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        pad_id = next(int(i) for i in ids if i is not None)  # pyright: ignore[reportArgumentType]
+        return RowDataset(self._parts[part].prepared.rows, self.view, self.layout, pad_id)
+
+    @property
+    def _pin_memory(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+    # ---- state ----
+
+    def _identity(self) -> dict[str, Any]:
+        """What a position in an epoch depends on, beside the code."""
+        units = self._parts["train"].units
+        return {"of": units.entries, "tokens": units.tokens, "seed": self.seed, "shuffle": self.shuffle}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last whole optimizer step; the same on every rank.
+
+        ``epoch`` and ``units``, consumed in it over all ranks, and what they depend on: ``of`` units an epoch,
+        ``tokens``, ``seed`` and ``shuffle``.
+        """
+        if not self._parts:
+            return {}
+        return {**asdict(self._cursor.position(self.trainer, self._train_plan)), **self._identity()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from a position, with any number of ranks, accumulation and micro-batch size.
+
+        Raises:
+            ValueError: it lies inside an epoch of other data, or of another order.
+        """
+        if not state_dict or (self.trainer is not None and not self.trainer.training):
+            return
+        self.prepare()
+        position = Position(state_dict["epoch"], state_dict["units"])
+        identity = self._identity()
+        changed = {name: (state_dict[name], value) for name, value in identity.items() if state_dict[name] != value}
+        if changed and 0 < position.units < state_dict["of"]:
+            told = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in changed.items())
+            raise ValueError(
+                f"the checkpoint is {position.units} of {state_dict['of']} units into epoch {position.epoch}, and the "
+                f"data is not the same ({told}; of: units an epoch): resume with the data.train, data.pack_to, "
+                "data.val_fraction, data.seed and data.shuffle of the run, or from a checkpoint at the end of an epoch"
+            )
+        if position.units == state_dict["of"]:
+            position = replace(position, units=identity["of"])
+        self._cursor.load(position)

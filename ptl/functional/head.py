@@ -1,0 +1,179 @@
+"""The pass over chunks of tokens that makes losses and gradients of a fused LM head; see ``cross_entropy``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+"""Bytes of one chunk of logits. Each chunk also reads and writes the whole head gradient once, which on a GPU costs as
+much as the product itself below about 500 tokens; hence the larger chunk there."""
+BLOCK_BYTES_PER_THREAD = 2 << 20
+"""Bytes of float32 logits that one CPU thread works on at a time: what fits in its cache."""
+
+
+class Options(NamedTuple):
+    """Numbers of ``fused_linear_cross_entropy``, by the same names."""
+
+    softcap: float | None
+    logit_scale: float
+    label_smoothing: float
+    z_loss: float
+    chunk_tokens: int | None
+    metrics: bool
+
+
+class Inputs(NamedTuple):
+    """Everything a gradient may be asked for, all of one dtype: [N, H], [V, H], [V], [N, R], [V, R]."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    reduced: Tensor | None
+    up: Tensor | None
+
+
+class Rows(NamedTuple):
+    """Per-token results [N]."""
+
+    loss: Tensor
+    nll: Tensor
+    correct: Tensor
+    entropy: Tensor | None
+
+
+def run(
+    inputs: Inputs, targets: Tensor, weights: Tensor, options: Options, wanted: tuple[bool, ...]
+) -> tuple[Rows, list[Tensor | None]]:
+    """Losses of all tokens, and the gradients of their weighted sum for those inputs that are ``wanted``.
+
+    Args:
+        inputs: what makes the logits.
+        targets: int64 [N].
+        weights: [N], of the dtype in which losses are computed.
+        options: of the loss.
+        wanted: for each input, whether its gradient is.
+
+    Returns:
+        Per-token results, and a gradient or None for each input.
+    """
+    n, vocab = inputs.hidden.shape[0], inputs.weight.shape[0]
+    rows = Rows(
+        loss=weights.new_empty(n),
+        nll=weights.new_empty(n),
+        correct=torch.empty(n, dtype=torch.bool, device=weights.device),
+        entropy=weights.new_empty(n) if options.metrics else None,
+    )
+    # The first chunk overwrites weight and up (beta = 0), so their memory is only cleared where there is no chunk.
+    make = torch.zeros_like if n == 0 else torch.empty_like
+    gradients = [make(t) if t is not None and want else None for t, want in zip(inputs, wanted)]
+    d_hidden, d_weight, d_bias, d_reduced, d_up = gradients
+    bias_sum = None if d_bias is None else weights.new_zeros(vocab)
+    chunk = _chunk_rows(n, vocab, inputs.hidden, options.chunk_tokens)
+    block = _block_rows(chunk, vocab, weights)
+    logits = inputs.hidden.new_empty(chunk, vocab)
+    scratch = [weights.new_empty(block, vocab) for _ in range(_scratch_count(logits.dtype != weights.dtype, options))]
+    for start in range(0, n, chunk):
+        here = slice(start, min(start + chunk, n))
+        z = logits[: here.stop - start]
+        _project(inputs, here, options.logit_scale, z)
+        for first in range(start, here.stop, block):
+            part = slice(first, min(first + block, here.stop))
+            part_z = z[first - start : part.stop - start]
+            entropy = None if rows.entropy is None else rows.entropy[part]
+            part_rows = Rows(rows.loss[part], rows.nll[part], rows.correct[part], entropy)
+            _loss_rows(part_z, targets[part], weights[part], options, scratch, part_rows, any(wanted), bias_sum)
+        if d_hidden is not None:
+            torch.mm(z, inputs.weight, out=d_hidden[here])
+        if d_weight is not None:
+            d_weight.addmm_(z.t(), inputs.hidden[here], beta=float(start > 0))
+        if d_reduced is not None and inputs.up is not None:
+            torch.mm(z, inputs.up, out=d_reduced[here])
+        if d_up is not None and inputs.reduced is not None:
+            d_up.addmm_(z.t(), inputs.reduced[here], beta=float(start > 0))
+    if d_bias is not None and bias_sum is not None:
+        d_bias.copy_(bias_sum)
+    return rows, gradients
+
+
+def _project(inputs: Inputs, here: slice, scale: float, out: Tensor) -> None:
+    """``scale * (hidden @ weight.T + bias + reduced @ up.T)`` of the rows ``here``, scaled inside the product."""
+    if inputs.bias is not None:
+        torch.addmm(inputs.bias, inputs.hidden[here], inputs.weight.t(), beta=scale, alpha=scale, out=out)
+    else:
+        out.addmm_(inputs.hidden[here], inputs.weight.t(), beta=0.0, alpha=scale)
+    if inputs.reduced is not None and inputs.up is not None:
+        out.addmm_(inputs.reduced[here], inputs.up.t(), alpha=scale)
+
+
+def _loss_rows(
+    z: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    options: Options,
+    scratch: list[Tensor],
+    rows: Rows,
+    gradient: bool,
+    bias_sum: Tensor | None,
+) -> None:
+    """Losses of a block of rows; leaves in ``z`` the gradient of their weighted sum for the unscaled logits.
+
+    The log-sum-exp comes out of the softmax: its largest probability is exp(0) / sum(exp(z - max)), a number in
+    [1 / V, 1] that no rounding can lose.
+    """
+    free = iter(scratch)
+    values = z if z.dtype == weights.dtype else next(free)[: len(z)].copy_(z)
+    if options.softcap is not None:
+        values.div_(options.softcap).tanh_().mul_(options.softcap)
+    index = targets[:, None]
+    highest, picked = values.amax(-1), values.gather(1, index)[:, 0]
+    mean = values.mean(-1) if options.label_smoothing else None
+    keep = options.metrics or options.softcap is not None
+    p = torch.softmax(values, -1, out=next(free)[: len(z)] if keep else values)
+    lse = highest - p.amax(-1).log_()
+    torch.sub(lse, picked, out=rows.nll)
+    torch.ge(picked, highest, out=rows.correct)
+    smoothing, z_loss = options.label_smoothing, options.z_loss
+    rows.loss.copy_(rows.nll if mean is None else (1 - smoothing) * rows.nll + smoothing * (lse - mean))
+    if z_loss:
+        rows.loss.add_(lse.square(), alpha=z_loss)
+    if rows.entropy is not None:
+        torch.sub(lse, torch.einsum("rv,rv->r", p, values), out=rows.entropy)
+    if not gradient:
+        return
+    factor = weights * options.logit_scale
+    p.mul_((factor * (1 + 2 * z_loss * lse) if z_loss else factor)[:, None])
+    if smoothing:
+        p.sub_((factor * (smoothing / z.shape[1]))[:, None])
+    p.scatter_add_(1, index, (factor * (smoothing - 1))[:, None])
+    if options.softcap is not None:
+        p.addcmul_(p, values.div_(options.softcap).square_(), value=-1)
+    if bias_sum is not None:
+        bias_sum.add_(p.sum(0))
+    if p is not z:
+        z.copy_(p)
+
+
+def _scratch_count(convert: bool, options: Options) -> int:
+    """Blocks of float32 that a block of rows needs besides its logits."""
+    return int(convert) + int(options.metrics or options.softcap is not None)
+
+
+def _chunk_rows(n: int, vocab: int, hidden: Tensor, requested: int | None) -> int:
+    """Tokens of a chunk: within the byte limit, not below 64, and such that no chunk is a small remainder."""
+    if requested is not None:
+        return max(1, min(requested, n))
+    most = max(64, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) // (vocab * hidden.element_size()))
+    pieces = max(1, -(-n // most))
+    return max(1, min(n, -(-n // pieces // 16) * 16))
+
+
+def _block_rows(chunk: int, vocab: int, weights: Tensor) -> int:
+    """Rows that the element-wise work takes at a time: what the CPU's caches hold; a GPU takes the chunk whole."""
+    if weights.device.type != "cpu":
+        return chunk
+    threads = torch.get_num_threads()
+    fit = BLOCK_BYTES_PER_THREAD * threads // (vocab * weights.element_size())
+    return min(chunk, max(threads, fit))

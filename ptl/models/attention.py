@@ -1,0 +1,214 @@
+"""Attention over documents that share a row, without padding and without a dense mask: ``ptl_packed``.
+
+Importing this module registers the implementation with transformers, through the two doors made for that. A forward
+pass that carries ``cu_seq_lens_q`` (see ``packed_inputs``) then attends within each document alone, causally, at the
+cost of the sum of the squares of the documents' lengths instead of the square of the row's. Any other forward pass of
+the same model is ordinary scaled dot-product attention: padded batches, and generation with a cache. Soft-capped scores
+(Gemma 2) and attention sinks (GPT-OSS), which transformers' ``sdpa`` leaves out without a word, are computed in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import dropout as drop
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "ptl_packed"
+"""The value of ``attn_implementation``."""
+
+
+def packed_inputs(implementation: str | None, cu_seqlens: Tensor) -> dict[str, Any]:
+    """Keyword arguments that make a backbone keep the documents of one packed row apart.
+
+    Besides them it needs ``position_ids`` that restart at each document and ``use_cache=False``.
+
+    Args:
+        implementation: the model's ``config._attn_implementation``.
+        cu_seqlens: int32 [D + 1], bounds of the documents. On a GPU its values are read back once, here, and not in
+            the layers.
+
+    Raises:
+        ValueError: the implementation cannot keep documents apart.
+    """
+    if implementation in ("sdpa", "eager"):
+        # transformers builds a block-diagonal mask from positions that restart, provided that it is given no mask (not
+        # even one of ones) and no cache.
+        return {"attention_mask": None}
+    lengths = tuple(cu_seqlens.diff().tolist())
+    bounds = {
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+    if implementation == NAME:
+        # A mask of four dimensions is handed to the layers as it is, so that no [T, T] mask is made. It has no
+        # elements: whatever would use it fails for its shape instead of mixing documents.
+        nothing = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=cu_seqlens.device)
+        return {**bounds, "document_lengths": lengths, "attention_mask": nothing}
+    if implementation is not None and implementation.startswith("flash_attention"):
+        return {**bounds, "attention_mask": None}
+    raise ValueError(
+        f"attention {implementation!r} cannot keep packed documents apart: set policy.attention to packed, sdpa, eager "
+        "or flash_attention_2, or data.layout to padded"
+    )
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    *,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    document_lengths: Sequence[int] | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, as transformers calls it.
+
+    Args:
+        module: the layer; read for ``is_causal``.
+        query: [B, Hq, T, D]; B is 1 where documents are packed.
+        key: [B, Hk, S, D], Hq a multiple of Hk.
+        value: [B, Hk, S, Dv].
+        attention_mask: None or [B, 1, T, S], true where a query sees a key; not read where documents are packed.
+        scaling: factor on the scores; None is D ** -0.5.
+        dropout: probability of dropping a weight.
+        is_causal: None takes the layer's own.
+        sliding_window: keys that a query sees, itself included; None is all before it. Where documents are not packed
+            the mask already says so.
+        softcap: c of ``c * tanh(score / c)`` (Gemma 2, arXiv:2408.00118); None is none.
+        s_aux: [Hq], attention sinks: one more score a head in the softmax's denominator (GPT-OSS); None is none.
+        position_bias: added to the scores by some encoders; taken only where documents are not packed.
+        document_lengths: lengths of the packed documents; sums to T.
+        cu_seq_lens_q: int32 [documents + 1], the same as bounds; its presence is what says that documents are packed.
+        max_length_q: the longest of them.
+
+    Returns:
+        [B, T, Hq, Dv], and None in place of the weights.
+
+    Raises:
+        ValueError: packed documents together with a batch of several rows, a cache, a position bias, or attention that
+            is not causal; or the bounds did not come through the model.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if cu_seq_lens_q is None and document_lengths is None:
+        if attention_mask is not None and not attention_mask.numel():
+            raise ValueError(
+                f"{type(module).__name__} is not told where packed documents end, since its model keeps keyword "
+                "arguments from it: set policy.attention to sdpa or eager instead of packed"
+            )
+        if softcap is None and s_aux is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout, scale, is_causal, position_bias, **kwargs
+            )
+        if attention_mask is None and causal and query.shape[2] > 1:
+            # No mask means plain causal, where a cache may have room for more keys than there are yet.
+            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+            attention_mask = _window_mask(query.shape[2], None, query.device)
+        out = _explicit(query, key, value, attention_mask, scale, dropout, softcap, s_aux)
+        return out.transpose(1, 2).contiguous(), None
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2] or position_bias is not None or not causal:
+        raise ValueError(
+            f"packed documents need one row, no cache, no position bias and causal attention; got queries of shape "
+            f"{tuple(query.shape)}, keys of shape {tuple(key.shape)}, causal={causal}: set data.layout to padded"
+        )
+    plain = softcap is None and s_aux is None
+    if plain and cu_seq_lens_q is not None and max_length_q is not None and _has_kernel(query, key, value, dropout):
+        return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window), None
+    if document_lengths is None and cu_seq_lens_q is not None:
+        document_lengths = cu_seq_lens_q.diff().tolist()
+    out = []
+    # split, not slices: the gradient of a slice is a whole row of zeros around it.
+    for q, k, v in zip(*(t.split(list(document_lengths or ()), dim=2) for t in (query, key, value))):
+        length = q.shape[2]
+        beyond = sliding_window is not None and length > sliding_window
+        if plain:
+            mask = _window_mask(length, sliding_window, q.device) if beyond else None
+            attended = scaled_dot_product_attention(
+                q, k, v, mask, dropout, mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        else:
+            mask = _window_mask(length, sliding_window if beyond else None, q.device)
+            attended = _explicit(q, k, v, mask, scale, dropout, softcap, s_aux)
+        out.append(attended.transpose(1, 2))
+    return torch.cat(out, 1), None
+
+
+def _explicit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """[B, Hq, T, Dv] from explicit scores; the softmax is float32."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(2, 3) * scale).float()
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        column = sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    weights = torch.softmax(scores, -1)[..., : key.shape[2]].to(value.dtype)
+    return drop(weights, dropout) @ value
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [length, length]: a query sees itself and what is before it, at most ``window`` keys."""
+    position = torch.arange(length, device=device)
+    behind = position[:, None] - position[None, :]
+    return behind >= 0 if window is None else (behind >= 0) & (behind < window)
+
+
+def _has_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether torch's own variable-length flash kernel takes these: 16 bits, Ampere or later, equal widths."""
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.dtype == key.dtype == value.dtype
+        and query.shape[-1] == value.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and not dropout
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _kernel(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float, window: int | None
+) -> Tensor:
+    """[1, T, Hq, D]: all documents in one call."""
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    seen = (-1, 0) if window is None else (window - 1, 0)
+    out = varlen_attn(
+        q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=seen, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out[None] if isinstance(out, Tensor) else out[0][None]
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

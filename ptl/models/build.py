@@ -1,0 +1,219 @@
+"""From a ``ModelSpec`` to a module in training mode.
+
+Under a ZeRO-3 strategy the weights are sharded while they are read; what is made after that (adapters, a scalar head,
+trained rows) is made whole on every rank and sharded later by the engine. So nothing here looks at the shape of a
+loaded parameter.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from ptl.models.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from ptl.models.adapters import add_lora, gathered
+from ptl.models.export import DTYPES
+from ptl.models.gguf import is_gguf, plain_folder
+from ptl.models.quantize import is_quantized, keep_codes_in_place, quantization_config
+from ptl.models.spec import ModelSpec
+
+
+class ScalarHead(nn.Linear):
+    """One number a position, [*, hidden] -> [*, 1], computed in fp32 whatever the dtype of the hidden states."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))
+
+
+def build(spec: ModelSpec) -> nn.Module:
+    """The model that ``spec`` describes, in training mode, without a key-value cache.
+
+    Raises:
+        ValueError: no such model; pickled weights or foreign code that were not allowed; weights that the checkpoint
+            lacks; options that the model cannot take.
+    """
+    source = find_source(spec.name)
+    config = _config(spec, source)
+    if spec.attention == "packed":
+        import ptl.models.attention  # noqa: F401  registers the implementation
+    model = _random(spec, config) if spec.random_init else _pretrained(spec, source, config)
+    model.name_or_path = source
+    for part in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        part.use_cache = False  # a cache would also switch off the masks between packed documents
+    _check_tie(model)
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    built: nn.Module = model
+    if spec.adapter is not None:
+        ids = _token_ids(spec, source)
+        built = add_lora(model, spec.adapter, token_ids=ids, quantized=spec.quantize is not None)
+    # Models come from the library in eval mode, where neither dropout nor gradient checkpointing works.
+    return built.train()
+
+
+def find_source(name: str) -> str:
+    """What to load from: an absolute folder for anything local or packaged, else the hub name unchanged.
+
+    Raises:
+        ValueError: a path that is not there or holds no model.
+    """
+    if is_gguf(name):
+        return str(plain_folder(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return str(path.resolve())
+        if (path / ADAPTER_CONFIG).is_file():
+            raise ValueError(f"{name} is an adapter, not a model: merge it with `ptl export {name} --out FOLDER`")
+        if (path / "export" / "config.json").is_file():
+            raise ValueError(f"{name} is a run folder: give its model, {path / 'export'}")
+        raise ValueError(f"{name} has no config.json: it is not a Hugging Face model folder")
+    if path.exists():
+        raise ValueError(f"{name} is a file: give a model folder, a .gguf file or a hub name")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"no model folder at {name}")
+    return name
+
+
+def _config(spec: ModelSpec, source: str) -> PreTrainedConfig:
+    """The model's configuration with the overrides, each of which must be a known key."""
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(source, revision=spec.revision)
+    except (OSError, ValueError) as error:
+        raise _not_found(spec, error) from error
+    overrides = dict(spec.config_overrides)
+    if raw.get("auto_map") and overrides.get("auto_map", raw["auto_map"]) and not spec.trust_remote_code:
+        raise ValueError(
+            f"{spec.name} comes with its own Python code (auto_map in its config.json), which is not run unless "
+            "trust_remote_code is true; to use the class of transformers for it, set config_overrides.auto_map: null"
+        )
+    layers, kinds = overrides.get("num_hidden_layers"), raw.get("layer_types")
+    if layers is not None and kinds and "layer_types" not in overrides and layers <= len(kinds):
+        overrides["layer_types"] = kinds[:layers]
+    options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    try:
+        plain = AutoConfig.from_pretrained(source, **options)
+        changed = AutoConfig.from_pretrained(source, **options, **overrides) if overrides else plain
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _not_found(spec, error) from error
+    for key in spec.config_overrides:
+        if key not in raw and not hasattr(plain, key):
+            near = difflib.get_close_matches(key, list(plain.to_dict()), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"config_overrides: the model's config has no key {key!r}{hint}")
+    return changed
+
+
+def _not_found(spec: ModelSpec, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())
+    return ValueError(f"cannot read the model {spec.name!r}: {reason[:300]}")
+
+
+def _options(spec: ModelSpec) -> dict[str, Any]:
+    dtype: Any = "auto" if spec.dtype == "auto" else DTYPES[spec.dtype]
+    attention = "ptl_packed" if spec.attention == "packed" else spec.attention
+    return {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": spec.trust_remote_code}
+
+
+def _random(spec: ModelSpec, config: PreTrainedConfig) -> PreTrainedModel:
+    options = _options(spec)
+    if options["dtype"] == "auto":
+        options["dtype"] = config.dtype or torch.float32
+    if spec.head == "lm":
+        return AutoModelForCausalLM.from_config(config, **options)
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config, **options)
+    _scalar_head(model)
+    return model
+
+
+def _pretrained(spec: ModelSpec, source: str, config: PreTrainedConfig) -> PreTrainedModel:
+    options = _options(spec)
+    if spec.quantize is not None:
+        compute: Any = (config.dtype or torch.float32) if spec.dtype == "auto" else options["dtype"]
+        options["quantization_config"] = quantization_config(spec.quantize, compute)
+        options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    if not spec.allow_pickle:
+        options["use_safetensors"] = True
+        _refuse_pickle(spec, source)
+    auto: Any = AutoModelForCausalLM
+    if spec.head == "scalar":
+        auto, config.num_labels = AutoModelForSequenceClassification, 1
+    try:
+        model, info = auto.from_pretrained(
+            source, config=config, revision=spec.revision, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_found(spec, error) from error
+    # Neither library nor log line stops a run whose weights are partly random.
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("score."))
+    if missing:
+        raise ValueError(f"the checkpoint {spec.name} lacks {len(missing)} weights of its model, first {missing[0]}")
+    if spec.quantize is not None:
+        if not is_quantized(model):
+            raise ValueError(f"quantize {spec.quantize}: {type(model).__name__} has no linear layer to quantise")
+        keep_codes_in_place(model)
+    if spec.head == "scalar":
+        _scalar_head(model)
+    return model
+
+
+def _refuse_pickle(spec: ModelSpec, source: str) -> None:
+    folder = Path(source)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        raise ValueError(
+            f"{spec.name} has pickled weights only ({pickles[0]}), which can run code when loaded: set allow_pickle: "
+            "true if you trust them, or convert them to safetensors"
+        )
+    raise ValueError(f"{spec.name} has no weights (*.safetensors): set random_init: true to start from random ones")
+
+
+def _scalar_head(model: Any) -> None:
+    """Puts an fp32 head in the place of ``score``, with its weights: those loaded, or fresh where there were none."""
+    old: Any = getattr(model, "score", None)
+    if not isinstance(old, nn.Linear):
+        raise ValueError(f"head scalar: {type(model).__name__} has no linear module called score")
+    head = ScalarHead(old.in_features, 1, bias=False, dtype=torch.float32)
+    with gathered(old.parameters()), torch.no_grad():
+        head.weight.copy_(old.weight.float())
+    model.score = head.to(old.weight.device)
+
+
+def _check_tie(model: PreTrainedModel) -> None:
+    head = model.get_output_embeddings()
+    if head is None or not model.config.get_text_config().tie_word_embeddings:
+        return
+    if head.weight is not model.get_input_embeddings().weight:
+        raise ValueError(f"{type(model).__name__} should tie its embedding and its head, but they are two matrices")
+
+
+def _token_ids(spec: ModelSpec, source: str) -> list[int]:
+    """``adapter.train_tokens`` as ids."""
+    tokens = spec.adapter.train_tokens if spec.adapter is not None else []
+    if not any(isinstance(token, str) for token in tokens):
+        return [int(token) for token in tokens]
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.revision)
+    vocabulary = tokenizer.get_vocab()
+    unknown = [token for token in tokens if isinstance(token, str) and token not in vocabulary]
+    if unknown:
+        raise ValueError(
+            f"adapter.train_tokens: the tokenizer of {spec.name} has no token {unknown[0]!r}; rows are trained, never "
+            "added: add the token to the base model and its tokenizer first"
+        )
+    return [token if isinstance(token, int) else vocabulary[token] for token in tokens]

@@ -1,0 +1,215 @@
+"""The base of every objective: builds the policy, divides the loss once, logs, optimises, keeps checkpoints small.
+
+A subclass gives its ``view`` (which batches it eats) and its ``loss`` (a sum and a weight); RL adds ``prepare``.
+Everything runs under ``Trainer.fit`` with automatic optimisation.
+
+Normalisation (law 1): a batch carries ``window_weight``, the sum of the loss weights over the whole optimizer window
+and all ranks, which the data module knows ahead. With W ranks and k micro-batches a step, ``training_step`` returns
+``total * W * k / window_weight``: Lightning divides by k, the strategy averages over W, and what is left is the
+window's sum over the window's weight, however the window was cut.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from ptl.data.views import ChatView, View
+from ptl.models.optimizer import Optimizer, Schedule
+from ptl.models.spec import ModelSpec
+from ptl.objectives.metrics import WeightedMeans
+from ptl.strategies.deepspeed import share_parameters
+from ptl.types import LossOutput
+
+if TYPE_CHECKING:
+    from ptl.data.module import ChatDataModule
+
+
+class Objective(L.LightningModule, ABC):
+    """A language model in training.
+
+    Arguments:
+        policy: the model that is trained.
+        optimizer: its optimizer.
+        schedule: its learning rate over the run.
+
+    Attributes:
+        spec: the ``ModelSpec`` of the policy.
+        policy: the module, built in ``configure_model`` so that strategies may shard it while it loads.
+        view: which batches the objective eats; the CLI hands it to the data module.
+    """
+
+    view: View = ChatView()
+    metric_names: tuple[str, ...] = ()
+    """Names that ``loss`` may return in ``LossOutput.metrics`` beside ``loss``; a subclass declares them."""
+    policy: nn.Module
+
+    def __init__(
+        self, policy: ModelSpec, *, optimizer: Optimizer | None = None, schedule: Schedule | None = None
+    ) -> None:
+        super().__init__()
+        self.spec = policy
+        self.optimizer_spec = optimizer or Optimizer()
+        self.schedule_spec = schedule or Schedule()
+        self.strict_loading = False
+        # Kept out of module registration: an engine that casts the module to bf16 must not cast running sums.
+        self._means: dict[str, WeightedMeans] = {}
+        self._logged_step = 0
+
+    @abstractmethod
+    def loss(self, batch: Any) -> LossOutput:
+        """The weighted sum of losses over a micro-batch, its weight, and metrics as (sum, weight) pairs."""
+
+    def prepare(self, batch: Any) -> Any:
+        """What turns the data module's batch into what ``loss`` eats; reinforcement learning overrides it."""
+        return batch
+
+    # ---- building ----
+
+    def configure_model(self) -> None:
+        """Builds the policy once; called again by validate and test, which must not rebuild it."""
+        if not hasattr(self, "policy"):
+            self.policy = self.spec.build()
+
+    def on_fit_start(self) -> None:
+        """Lets ZeRO-3 gather the parameters that the loss reads outside their own module."""
+        share_parameters(self, self.shared_parameters())
+        self._logged_step = self.trainer.global_step
+
+    def on_validation_start(self) -> None:
+        share_parameters(self, self.shared_parameters())
+
+    def on_test_start(self) -> None:
+        share_parameters(self, self.shared_parameters())
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Parameters that ``loss`` reads outside their module's forward: the output embedding."""
+        head = self.policy.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+        return list(head.parameters()) if isinstance(head, nn.Module) else []
+
+    @property
+    def data(self) -> ChatDataModule:
+        """The data module of the running trainer."""
+        return self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+
+    # ---- steps ----
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = self.prepare(batch)
+        out = self.loss(batch)
+        self._collect("train", out)
+        scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        # A window with no trained token at all has nothing to learn from; its loss is 0, not 0 / 0.
+        weight = batch.window_weight.to(device=out.total.device, dtype=torch.float64)
+        factor = torch.where(weight > 0, scale / weight.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+        return out.total * factor.to(out.total.dtype)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._collect("val", self.loss(self.prepare(batch)))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._collect("test", self.loss(self.prepare(batch)))
+
+    # ---- metrics ----
+
+    @property
+    def wants_details(self) -> bool:
+        """Whether this step's metrics that cost a pass over the logits will be looked at."""
+        if not self.training:
+            return True
+        return (self.trainer.global_step + 1) % max(1, self.trainer.log_every_n_steps or 1) == 0  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _collect(self, stage: str, out: LossOutput) -> None:
+        if stage not in self._means:
+            names = ("loss", *self.metric_names, *(f"loss_{name}" for name in self.source_names(stage)))
+            self._means[stage] = WeightedMeans(names).to(out.total.device)
+        metrics = out.metrics if "loss" in out.metrics else {"loss": (out.total, out.weight), **out.metrics}
+        self._means[stage].update(metrics)
+
+    def source_names(self, stage: str) -> tuple[str, ...]:
+        """Names of the data sources of a stage, for the metrics by source; one source needs none."""
+        names = self.data.source_names(stage)
+        return names if len(names) > 1 else ()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = self.trainer.global_step
+        every = self.trainer.log_every_n_steps or 0  # pyright: ignore[reportAttributeAccessIssue]
+        if step > self._logged_step and every and step % every == 0:
+            self._logged_step = step
+            self._log_means("train")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_means("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_means("test")
+
+    def _log_means(self, stage: str) -> None:
+        means = self._means.get(stage)
+        if means is None:
+            return
+        values = means.compute()
+        means.reset()
+        logged = {f"{stage}/{name}": value.float() for name, value in values.items()}
+        if "loss" in values:
+            logged[f"{stage}/perplexity"] = values["loss"].exp().float()
+        # The values are already reduced over ranks, so every rank logs the same.
+        self.log_dict(logged, prog_bar=False, sync_dist=False)
+        if f"{stage}/loss" in logged:
+            self.log(f"{stage}_loss", logged[f"{stage}/loss"], prog_bar=True, logger=False)
+
+    # ---- optimisation ----
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, from ``max_steps`` or from the data module's count of steps an epoch.
+
+        ``trainer.estimated_stepping_batches`` is never read: it loads the data early and loses a resumed position.
+        """
+        if self.trainer.max_steps > 0:
+            return self.trainer.max_steps
+        if not self.trainer.max_epochs or self.trainer.max_epochs < 0:
+            raise ValueError("the schedule needs an end: set trainer.max_steps or trainer.max_epochs")
+        return self.trainer.max_epochs * self.data.steps_per_epoch
+
+    def configure_optimizers(self) -> Any:
+        adapter = self.spec.adapter
+        optimizer = self.optimizer_spec.build(self, lora_plus_ratio=adapter.plus_ratio if adapter else None)
+        scheduler = self.schedule_spec.build(optimizer, self.total_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ---- checkpoints ----
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps only what training changes when something is frozen: a frozen base is rebuilt from its name."""
+        if "state_dict" in checkpoint and any(not p.requires_grad for p in self.parameters()):
+            frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+            checkpoint["state_dict"] = {
+                k: v for k, v in checkpoint["state_dict"].items() if k not in frozen and not _of_frozen(k, frozen)
+            }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint that lacks a trained parameter, which ``strict_loading = False`` would let pass."""
+        if "state_dict" not in checkpoint or not hasattr(self, "policy"):
+            return
+        wanted = {name for name, p in self.named_parameters() if p.requires_grad}
+        missing = sorted(wanted - set(checkpoint["state_dict"]))
+        # A tied matrix is listed once by named_parameters and under every name in the state dict, so none is missing.
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} trained parameters, first {missing[0]!r}: it was made with another "
+                "model.policy.adapter or model.policy.name than this run's"
+            )
+
+
+def _of_frozen(key: str, frozen: set[str]) -> bool:
+    """Whether a state-dict entry is a quantiser's statistic of a frozen weight (``weight.absmax`` and its kin)."""
+    return any(key.startswith(name + ".") for name in _prefixes(key) & frozen)
+
+
+def _prefixes(key: str) -> set[str]:
+    parts = key.split(".")
+    return {".".join(parts[:i]) for i in range(1, len(parts))}

@@ -1,0 +1,194 @@
+"""The types that flow from a row of data to a number.
+
+``row: dict -> Conversation | Ranking | Prompt -> Tokens -> TokenBatch -> LossOutput``
+
+Shape letters: B rows of a batch, T tokens of a row, D documents of a batch.
+Records are frozen dataclasses that live on the CPU. Batches are NamedTuples, because Lightning moves those between
+devices and refuses frozen dataclasses. torch and numpy are imported for typing alone, so that light commands may use
+the records without loading them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Roles a message may have. Other names are mapped to these when a row is read, or the row is refused."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a record came from, for every message about it.
+
+    Attributes:
+        file: path or hub name as the user wrote it.
+        line: 1-based line of a text file, or 1-based row of a table.
+    """
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        role: one of ``ROLES``.
+        content: the text; empty only beside ``tool_calls``.
+        reasoning: the text of the turn's think block where the row keeps it apart from the content.
+        tool_calls: OpenAI form, ``{"type": "function", "function": {"name": str, "arguments": dict}}``.
+        tool_call_id: the call that a tool message answers.
+        name: speaker or tool name, where the template prints it.
+        train: weight of this turn's tokens in the loss; None follows the policy, 0 masks the turn.
+    """
+
+    role: str
+    content: str
+    reasoning: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+    train: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The message as a chat template sees it; absent fields are left out."""
+        out: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.reasoning is not None:
+            out["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            out["tool_calls"] = [dict(call) for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            out["tool_call_id"] = self.tool_call_id
+        if self.name is not None:
+            out["name"] = self.name
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """A dialogue to learn from, or, with ``text``, plain text of which every token is trained.
+
+    Attributes:
+        messages: the turns, oldest first; empty when ``text`` is given.
+        tools: JSON schemas of the tools the assistant may call, as the template's ``tools`` variable.
+        text: continued pre-training text.
+        origin: file and line.
+    """
+
+    messages: tuple[Message, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    text: str | None = None
+    origin: Origin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Several answers to one prompt and their order of preference.
+
+    Attributes:
+        prompt: the turns before the answers.
+        completions: K answers of one or more turns each.
+        ranks: K numbers, lower is better, equal is a tie.
+        tools: as in ``Conversation``.
+        origin: file and line.
+    """
+
+    prompt: tuple[Message, ...]
+    completions: tuple[tuple[Message, ...], ...]
+    ranks: tuple[float, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    origin: Origin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A question whose answer can be verified.
+
+    Attributes:
+        messages: the turns up to the one that asks.
+        answer: the expected answer, where there is one.
+        tests: unit tests of a programming task.
+        meta: what else a reward needs.
+        tools: as in ``Conversation``.
+        origin: file and line.
+    """
+
+    messages: tuple[Message, ...]
+    answer: str | None = None
+    tests: tuple[str, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
+    origin: Origin
+
+
+Record = Conversation | Ranking | Prompt
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A rendered document. After this nothing is tokenised again.
+
+    Attributes:
+        ids: int32 [T].
+        loss_mask: float32 [T]; weight of ``ids[t]`` as a target. ``loss_mask[0]`` is 0: nothing precedes it.
+        truncated: tokens or turns were cut to fit ``max_length``.
+        lost_end: a trained answer lost its end-of-turn to the cut; that end is not trained.
+    """
+
+    ids: np.ndarray
+    loss_mask: np.ndarray
+    truncated: bool = False
+    lost_end: bool = False
+
+
+class TokenBatch(NamedTuple):
+    """Documents ready for a forward pass, either packed (no padding) or padded on the right.
+
+    Packed: B is 1, documents follow each other, ``cu_seqlens`` bounds them and ``attention_mask`` is None.
+    Padded: a document a row, ``attention_mask`` is 1 on real tokens and ``cu_seqlens`` is None.
+
+    Attributes:
+        input_ids: int64 [B, T].
+        loss_mask: float32 [B, T]; weight of ``input_ids[b, t]`` as a target, predicted from position t - 1 of the same
+            document; 0 at the first token of each document and on padding.
+        position_ids: int64 [B, T], from 0 in each document.
+        document_ids: int64 [B, T], index of the token's document in ``sources``; -1 on padding.
+        sources: int64 [D], index of each document's data source.
+        window_weight: float64 [], sum of the weights over the whole optimizer window and all ranks; what the loss is
+            divided by.
+        cu_seqlens: int32 [D + 1] or None.
+        attention_mask: int64 [B, T] or None.
+    """
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    document_ids: Tensor
+    sources: Tensor
+    window_weight: Tensor
+    cu_seqlens: Tensor | None = None
+    attention_mask: Tensor | None = None
+
+
+class LossOutput(NamedTuple):
+    """What an objective's ``loss`` returns: a sum and its weight, never a mean. Only the base divides.
+
+    Attributes:
+        total: float32 [], weighted sum over this micro-batch, with its graph.
+        weight: float32 [], sum of the weights of this micro-batch.
+        metrics: name -> (sum, weight), detached; the base adds them up over micro-batches and ranks and divides once.
+    """
+
+    total: Tensor
+    weight: Tensor
+    metrics: dict[str, tuple[Tensor, Tensor]]

@@ -1,0 +1,28 @@
+"""Fixtures: tiny models and tokenizers made in process, with no network.
+
+The environment is set before torch is imported: one thread a process, offline hubs, DeepSpeed on the CPU.
+"""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import pytest
+
+from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Byte-level BPE with ChatML tokens, ``<|im_end|>`` as EOS and PAD, and the ChatML template."""
+    return tiny.make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, tokenizer):
+    """A tiny tied Llama with its tokenizer, saved as a plain Hugging Face folder."""
+    return tiny.save_folder(tmp_path_factory.mktemp("tiny-model"), tokenizer)
