@@ -125,7 +125,7 @@ class PTLCLI(LightningCLI):
     # ---- running ----
 
     def before_fit(self) -> None:
-        self.trainer.callbacks.append(RunRecord(self.run_dir))
+        self.trainer.callbacks.append(RunRecord(self.run_dir))  # pyright: ignore[reportAttributeAccessIssue]
         if self.resume_from is not None:
             self.config_init["fit"]["ckpt_path"] = str(self.resume_from)
         # Before any process group exists, so that ranks that wait cannot run into a collective's time-out.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -119,8 +120,6 @@ def before_and_after(run: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Unpacks, trains, shows; further arguments go to ``ptl fit``."""
-    from ptl import cli
-
     extra = list(sys.argv[1:] if argv is None else argv)
     start = time.monotonic()
     try:
@@ -129,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ptl demo: error: {mistake}", file=sys.stderr)
         return 2
     run = Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
-    code = cli.main(["fit", "-c", RECIPE, "--run.dir", str(run), *extra])
+    command = [sys.executable, "-m", "ptl.cli", "fit", "-c", RECIPE, "--run.dir", str(run), *extra]
+    code = subprocess.run(command).returncode
     if code != 0:
         return code
     before_and_after(run)

@@ -66,7 +66,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"{path} holds pickled Python objects, which can run any code when loaded, or is not a checkpoint: "
                 "load it with weights_only=False only if you know who made it"
             ) from error
-        except (RuntimeError, EOFError) as error:
+        except FileNotFoundError:
+            raise
+        except (RuntimeError, EOFError, OSError) as error:
             raise CheckpointError(f"{path} is not whole: {error}; {_last_good(Path(path))}") from error
 
 

@@ -19,7 +19,8 @@ EXAMPLES = 5
 """First rows kept for each reason."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
-TOO_LONG = "too_long"
+TOO_LONG = ("too_long", "nothing_left")
+"""Rows longer than max_length that were dropped, or of which the cut left nothing to train."""
 DUPLICATE = "duplicate"
 FULLY_MASKED = "fully_masked"
 
@@ -71,7 +72,8 @@ class SourceAudit:
         rows: rows read, good or bad, blank lines not counted.
         kept: rows with at least one document in the prepared data.
         refused: reason -> rows that could not be read or rendered.
-        dropped: reason -> rows left out by choice: ``too_long``, ``duplicate``, ``fully_masked``.
+        dropped: reason -> rows left out by choice: ``too_long``, ``nothing_left`` (of the cut), ``duplicate``,
+            ``fully_masked``.
         beyond_limit: rows after ``Source.limit``, not among ``rows``; an estimate in huge text files, see
             ``beyond_limit_estimated``.
         documents: documents in the prepared data; a row may make several.
@@ -133,13 +135,9 @@ class SourceAudit:
                 + f"\nMend the rows, or set data.max_bad_fraction to at least {self._share(self.refused_rows)}."
             )
         rendered = max(1, self.rendered_rows)
-        masked, cut = self.dropped_by(FULLY_MASKED), self.truncated_rows + self.dropped_by(TOO_LONG)
+        cut = self.truncated_rows + sum(self.dropped_by(reason) for reason in TOO_LONG)
         for key, got, what in (
-            (
-                "max_fully_masked",
-                masked,
-                "have no trained token (see train_roles, the messages' train, and max_length)",
-            ),
+            ("max_fully_masked", self.dropped_by(FULLY_MASKED), "have no trained token (see train and train_roles)"),
             ("max_truncated", cut, "are longer than max_length"),
         ):
             if got > getattr(limits, key) * rendered:
@@ -149,9 +147,9 @@ class SourceAudit:
                 )
         if self.trained_tokens < limits.min_trained_tokens:
             raise AuditError(
-                f"source {self.name}: {self.trained_tokens:,} trained tokens, fewer than "
-                f"data.min_trained_tokens = {limits.min_trained_tokens:,}; of {self.rows:,} rows "
-                f"{self.refused_rows:,} were refused and {self.dropped_rows:,} dropped ({', '.join(self.dropped) or '-'})"
+                f"source {self.name}: {self.trained_tokens:,} trained tokens, fewer than data.min_trained_tokens = "
+                f"{limits.min_trained_tokens:,}; of {self.rows:,} rows {self.refused_rows:,} were refused and "
+                f"{self.dropped_rows:,} dropped ({', '.join(self.dropped) or '-'})"
             )
 
     def _share(self, count: int) -> str:

@@ -21,10 +21,10 @@ from ptl.data.sources import Source
 from ptl.data.views import View
 
 AFTER = (
-    *("audit.py", "claim.py", "held_out.py", "loader.py", "module.py", "order.py", "packing.py", "parts.py"),
-    *("prepare.py", "preview.py", "progress.py", "report.py", "units.py", "workers.py"),
+    *("claim.py", "held_out.py", "loader.py", "module.py", "order.py", "packing.py", "parts.py"),
+    *("preview.py", "progress.py", "report.py", "units.py", "workers.py"),
 )
-"""Modules that say how rows are counted, shown, ordered or awaited, not what their tokens are."""
+"""Modules that show, order or wait for what is prepared, and do not change it."""
 LIBRARIES = ("tokenizers", "transformers")
 
 

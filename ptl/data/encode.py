@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ptl.data.audit import EXAMPLES, FULLY_MASKED, TOO_LONG, Reason
+from ptl.data.audit import EXAMPLES, FULLY_MASKED, Reason
 from ptl.data.duplicates import DIGEST
 from ptl.data.readers import Block
 from ptl.data.records import parse_row
@@ -113,7 +113,7 @@ class Encoder:
             kept.append(line)
         row_lines = np.asarray(kept, np.int64)
         owners = np.asarray(owner, np.int32)
-        bos = self.renderer.tokenizer.bos_token_id
+        bos: Any = self.renderer.tokenizer.bos_token_id
         return Encoded(
             source=job.source,
             rows=job.block.count,
@@ -146,12 +146,14 @@ class Encoder:
         return records, lines, refused
 
     def _refuse(self, error: RenderError, origin: Origin, refused: dict, dropped: dict) -> None:
-        if not isinstance(error, TooLong):
+        if error.reason == "nothing_trained":
+            note(dropped, FULLY_MASKED, origin, error.detail)
+        elif not isinstance(error, TooLong):
             note(refused, error.reason, origin, error.detail)
         elif self.truncation == "error":
             raise ValueError(f"{origin}: {error.detail} (data.truncation is error)")
         else:
-            note(dropped, TOO_LONG, origin, error.detail)
+            note(dropped, error.reason, origin, error.detail)
 
     def _batch(self, documents: list[Example], source: int, lines: np.ndarray) -> pa.RecordBatch:
         schema = schema_of(self.view)

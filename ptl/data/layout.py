@@ -33,7 +33,9 @@ class Split(NamedTuple):
 
 def split_text(text: str) -> Split:
     """The words of a message: its text without outer white space, and apart from that of its think block."""
-    think = _THINK.fullmatch(text) if "</think>" in text else None
+    if text and "</think>" not in text and not text[0].isspace() and not text[-1].isspace():
+        return Split(("", ""), (text,))
+    think = _THINK.fullmatch(text)
     parts = [think[1], think[2], think[3], think[4]] if think else ["", text]
     literals, words = [parts[0]], []
     for index in range(1, len(parts), 2):

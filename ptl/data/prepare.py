@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ptl.data.audit import DUPLICATE, EXAMPLES, Audit, Reason, SourceAudit, Thresholds, length_summary
 from ptl.data.cache_key import cache_inputs, cache_key
@@ -167,6 +166,10 @@ def _bytes_of(sources: Sequence[Source]) -> int:
     return sum(file.nbytes for source in sources for file in resolve(source))
 
 
+def _total(batch: pa.RecordBatch, name: str) -> int:
+    return int(batch.column(name).to_numpy(zero_copy_only=False).sum(dtype=np.int64))
+
+
 class Count:
     """Runs an encoder over its sources and counts what became of every row.
 
@@ -195,9 +198,7 @@ class Count:
         )
         for encoded in in_order(self.encoder, jobs, num_proc):
             batch = self._take(encoded)
-            report.add(
-                rows=encoded.rows, nbytes=encoded.nbytes, tokens=int(pc.sum(batch.column("length")).as_py() or 0)
-            )
+            report.add(rows=encoded.rows, nbytes=encoded.nbytes, tokens=_total(batch, "length"))
             yield batch
 
     def _take(self, encoded: Encoded) -> pa.RecordBatch:
@@ -229,8 +230,8 @@ class Count:
         entry.documents += len(lengths)
         entry.tokens += int(lengths.sum(dtype=np.int64))
         entry.trained_tokens += int(encoded.trained[kept].sum())
-        entry.truncated += int(pc.sum(batch.column("truncated")).as_py() or 0)
-        entry.lost_end += int(pc.sum(batch.column("lost_end")).as_py() or 0)
+        entry.truncated += _total(batch, "truncated")
+        entry.lost_end += _total(batch, "lost_end")
         if encoded.bos is not None:
             counts = np.bincount(np.minimum(encoded.bos[kept], 2), minlength=3)
             entry.bos = [int(a + b) for a, b in zip(entry.bos or [0, 0, 0], counts)]

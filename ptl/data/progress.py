@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 
@@ -63,7 +64,10 @@ class Cursor:
         return Position(self._start.epoch, plan.consumed(max(0, done - self._first_batch) // plan.accumulate))
 
     def expect(self, trainer: L.Trainer, plan_at: PlanAt, batches: int) -> None:
-        """Sets Lightning's count to a loaded position, before its loops look at it.
+        """Sets Lightning's counts to a loaded position, before its loops look at them.
+
+        Lightning counts an epoch that was stopped halfway as done once ``fit`` has returned; the data goes on inside
+        it, so a run of so many epochs is not over yet.
 
         Args:
             trainer: that is about to fit.
@@ -71,7 +75,13 @@ class Cursor:
             batches: micro-batches that the trainer runs in a whole epoch.
         """
         if self._start is not None and self._first_batch is None:
-            _set_finished(trainer, min(_batches_before(plan_at(self._start)), batches))
+            plan = plan_at(self._start)
+            _set_finished(trainer, min(_batches_before(plan), batches))
+            epochs = trainer.fit_loop.epoch_progress
+            ahead = getattr(epochs.current, "processed") - plan.epoch  # noqa: B009 (typed as a base class)
+            if plan.steps and ahead > 0 and trainer.max_steps == -1:
+                _shift(epochs.current, -ahead)
+                _shift(epochs.total, -ahead)
 
     def begin(self, trainer: L.Trainer | None, plan_at: PlanAt) -> Plan:
         """Starts the next pass and returns its plan.
@@ -124,8 +134,10 @@ def _finished(trainer: L.Trainer) -> int:
 
 
 def _set_finished(trainer: L.Trainer, batches: int) -> None:
-    """Moves the counts of the epoch's micro-batches, keeping their differences: a batch may be between two of them."""
-    counts = trainer.fit_loop.epoch_loop.batch_progress.current
-    shift = batches - _finished(trainer)
+    _shift(trainer.fit_loop.epoch_loop.batch_progress.current, batches - _finished(trainer))
+
+
+def _shift(counts: Any, by: int) -> None:
+    """Moves Lightning's four counts of one thing, keeping their differences: it may be between two of them."""
     for name in ("ready", "started", "processed", "completed"):
-        setattr(counts, name, getattr(counts, name) + shift)
+        setattr(counts, name, getattr(counts, name) + by)

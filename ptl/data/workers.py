@@ -36,8 +36,8 @@ def processes(num_proc: int | None) -> int:
 def in_order(work: Callable[[T], R], tasks: Iterable[T], num_proc: int, inline: int = 4) -> Iterator[R]:
     """``map(work, tasks)`` in several processes, results in the order of the tasks.
 
-    Each process has one task at a time, and no more than ``3 * num_proc`` tasks are under way or waiting for their turn,
-    so memory is bounded whatever the number of tasks. Up to ``inline`` tasks, or with one process, no process is
+    Each process has one task at a time, and no more than ``3 * num_proc`` tasks are under way or waiting for their
+    turn, so memory is bounded whatever the number of tasks. Up to ``inline`` tasks, or with one process, no process is
     started. Processes are spawned, not forked: none inherits a thread or a lock.
 
     Raises:

@@ -145,7 +145,6 @@ def _pretrained(spec: ModelSpec, source: str, config: PreTrainedConfig) -> PreTr
     if spec.quantize is not None:
         compute: Any = (config.dtype or torch.float32) if spec.dtype == "auto" else options["dtype"]
         options["quantization_config"] = quantization_config(spec.quantize, compute)
-        options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     if not spec.allow_pickle:
         options["use_safetensors"] = True
         _refuse_pickle(spec, source)
@@ -193,6 +192,10 @@ def _scalar_head(model: Any) -> None:
     with gathered(old.parameters()), torch.no_grad():
         head.weight.copy_(old.weight.float())
     model.score = head.to(old.weight.device)
+    if model.config.pad_token_id is None:
+        # The library's own forward refuses a batch without it; the objective reads its own positions.
+        end = model.config.eos_token_id
+        model.config.pad_token_id = end[0] if isinstance(end, list) else end
 
 
 def _check_tie(model: PreTrainedModel) -> None:

@@ -98,7 +98,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        mode = temporary.stat().st_mode & 0o666
         for path in [*temporary.rglob("*"), temporary]:
+            if path.is_file():
+                path.chmod(mode)  # safetensors writes files that only their owner may read
             _sync(path)
         if target.is_dir():
             target.rename(old)

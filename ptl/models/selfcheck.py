@@ -30,7 +30,7 @@ def check_model(model: nn.Module, *, packed: bool) -> None:
     Raises:
         ValueError: packed documents see each other, or the head's logits are not the model's own.
     """
-    with _evaluating(model), torch.no_grad():
+    with _evaluating(model):
         error = head_error(model)
         if error > 1e-3 if next(model.parameters()).dtype == torch.float32 else error > 0.05:
             raise ValueError(
@@ -46,6 +46,7 @@ def check_model(model: nn.Module, *, packed: bool) -> None:
             )
 
 
+@torch.no_grad()
 def packing_leak(model: nn.Module) -> float:
     """How much the hidden states of packed documents move when the document before them changes, relative to their
     largest value. Nothing but a leak moves them, so rounding needs no allowance."""
@@ -58,6 +59,7 @@ def packing_leak(model: nn.Module) -> float:
     return float((before - after)[:, rest].abs().max() / before[:, rest].abs().max())
 
 
+@torch.no_grad()
 def head_error(model: nn.Module) -> float:
     """Largest difference between the model's own logits and those of ``lm_head``, relative to the largest logit."""
     batch = _packed_batch(model)

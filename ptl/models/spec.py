@@ -139,11 +139,13 @@ class ModelSpec:
             )
         if self.random_init:
             raise ValueError(f"quantize {self.quantize} needs trained weights: remove quantize or random_init")
-        if self.adapter.init in CHANGES_BASE:
+        if self.adapter.init in (*CHANGES_BASE, "orthogonal"):
             raise ValueError(
-                f"adapter.init {self.adapter.init} rewrites the base weights, which quantize {self.quantize} freezes: "
-                "use default, gaussian or orthogonal"
+                f"adapter.init {self.adapter.init} needs base weights in floats, and quantize {self.quantize} keeps "
+                "codes: use default or gaussian"
             )
+        if self.quantize == "int8" and self.adapter.dora:
+            raise ValueError("adapter.dora on an int8 base loses the base's scales: use quantize nf4, or no dora")
 
     def build(self) -> nn.Module:
         """The model in training mode, on the CPU, or on the current CUDA device when quantised.

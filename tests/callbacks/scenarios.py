@@ -54,9 +54,8 @@ def throughput(folder: str) -> dict[str, Any]:
 
 def diverged(folder: str) -> dict[str, Any]:
     """One rank's loss becomes NaN at step 5, between two looks; both ranks stop, with the same words."""
-    fit = trainer(folder, [Health(), Checkpoint(every_n_train_steps=2)], strategy="ddp", devices=2, max_steps=9)
-    fit.fit_loop.max_steps = 9
-    fit.log_every_n_steps = 4  # pyright: ignore
+    callbacks = [Health(every_n_steps=4), Checkpoint(every_n_train_steps=2)]
+    fit = trainer(folder, callbacks, strategy="ddp", devices=2, max_steps=9)
     batches = [packed([8, 8], trained=4, seed=i) for i in range(9)]
     try:
         fit.fit(Toy(bad_step=5 if rank() == 1 else -1), loader(batches))
