@@ -82,7 +82,7 @@ class SourceAudit:
         truncated: documents of which tokens or turns were cut to fit.
         truncated_rows: rows, kept or not, with such a document.
         lost_end: documents of which a trained answer lost its end-of-turn to the cut.
-        bos: documents with 0, 1, and 2 or more BOS tokens; None where the tokenizer has no BOS.
+        bos: documents that start with 0, 1, and 2 or more BOS tokens; None where the tokenizer has no BOS.
         duplicates: rows equal to an earlier row of any source after rendering, dropped or not.
         lengths: ``{"mean": tokens, "p5": tokens, ...}`` of the documents, filled at the end.
     """
@@ -190,7 +190,7 @@ class Audit:
         from rich.table import Table
 
         table = Table(title="supervision audit", title_justify="left")
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for source in self.sources:
             table.add_column(source.name, justify="right", overflow="fold")
         for name, cells in self._lines().items():
@@ -223,8 +223,8 @@ class Audit:
             "truncated": each(lambda s: _part(s.truncated, s.documents)),
             "lost end-of-turn": each(lambda s: _part(s.lost_end, s.documents)),
             "masked documents": each(lambda s: _part(s.masked_documents, s.documents + s.masked_documents)),
-            "documents with 0/1/2+ BOS": each(lambda s: "-" if s.bos is None else "/".join(f"{n:,}" for n in s.bos)),
-            "length p5/p50/p95/max": each(lambda s: _quantiles(s.lengths)),
+            "start with 0/1/2+ BOS": each(lambda s: "-" if s.bos is None else "/".join(f"{n:,}" for n in s.bos)),
+            "length p50/p95/max": each(lambda s: _quantiles(s.lengths)),
         }
         return lines
 
@@ -264,4 +264,4 @@ def _part(count: int, of: int) -> str:
 
 
 def _quantiles(lengths: Mapping[str, float]) -> str:
-    return "/".join(f"{lengths[key]:,}" for key in ("p5", "p50", "p95", "max")) if lengths else "-"
+    return "/".join(f"{lengths[key]:,}" for key in ("p50", "p95", "max")) if lengths else "-"

@@ -165,10 +165,11 @@ def turn_in(template: ChatTemplate, chat: Chat, tools: Tools, text: str, index: 
     own = placed.of(index) if placed else None
     if own:
         start, end = (len(prompt) if prompted else own[0]), template.first_end(text, own[1], own[2])
-    elif prompted and not any(end in repr(chat[index]) for end in template.dialect.end_texts):
-        start, end = len(prompt), template.first_end(text, len(prompt))
     else:
-        raise _unlocated(index)
+        found = len(prompt) if prompted else _wordless_start(template, chat, tools, text, index)
+        if found is None or any(end in repr(chat[index]) for end in template.dialect.end_texts):
+            raise _unlocated(index)
+        start, end = found, template.first_end(text, found)
     if end is None:
         raise RenderError(
             "no_end_token",
@@ -176,6 +177,14 @@ def turn_in(template: ChatTemplate, chat: Chat, tools: Tools, text: str, index: 
             "after it; use history: inference",
         )
     return ((start, end),)
+
+
+def _wordless_start(template: ChatTemplate, chat: Chat, tools: Tools, text: str, index: int) -> int | None:
+    """Where a turn of tool calls alone starts: where its words would stand if it had any."""
+    word = "Wq0x7Zs"
+    spoken = template.print([*chat[:index], {**chat[index], "content": word}, *chat[index + 1 :]], tools)
+    before, found, after = spoken.partition(word)
+    return len(before) if found and before + after == text else None
 
 
 def _said_by(template: ChatTemplate, chat: Chat, tools: Tools, text: str, index: int) -> tuple[int, int]:

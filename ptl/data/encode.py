@@ -43,7 +43,7 @@ class Encoded:
         owner: int32 [D], which kept row a document is of.
         digests: ``DIGEST`` [K] of the kept rows.
         trained: int64 [D], trained tokens of the documents.
-        bos: int64 [D], BOS tokens of the documents; None where the tokenizer has no BOS.
+        bos: int64 [D], BOS tokens that the documents start with; None where the tokenizer has no BOS.
         file: the file, as shown.
         lines: int64 [K], lines of the kept rows.
         truncated_rows: rows with a cut document.
@@ -198,8 +198,14 @@ def trained_tokens(example: Example) -> int:
 
 
 def bos_tokens(example: Example, bos: int) -> int:
-    """BOS tokens of a document; of a view without one token list it is taken as 1."""
-    return int(np.count_nonzero(np.asarray(example["ids"]) == bos)) if "ids" in example else 1
+    """BOS tokens that a document starts with; of a view without one token list it is taken as 1.
+
+    Later ones are not counted: some tokenizers (SmolLM2) have the token that opens every turn as their BOS.
+    """
+    if "ids" not in example:
+        return 1
+    others = np.flatnonzero(np.asarray(example["ids"]) != bos)
+    return int(others[0]) if len(others) else len(example["ids"])
 
 
 def note(reasons: dict[str, Reason], reason: str, origin: Origin, detail: str) -> None:

@@ -130,20 +130,27 @@ class Loader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        self._count = count
-        self._loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=_Planned(batches),
-            collate_fn=_as_is,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=pin_memory,
-            generator=torch.Generator(),  # the loader draws a seed each pass; the run's own generator is left alone
-        )
+        self._dataset, self._batches, self._count = dataset, batches, count
+        self._num_workers, self._pin_memory = num_workers, pin_memory
+        self._loader: DataLoader[Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._dataset,
+                batch_size=None,
+                sampler=_Planned(self._batches),
+                collate_fn=_as_is,
+                num_workers=self._num_workers,
+                persistent_workers=self._num_workers > 0,
+                pin_memory=self._pin_memory,
+                generator=torch.Generator(),  # torch draws a seed each pass; the run's own generator is left alone
+            )
         yield from self._loader
+
+    def close(self) -> None:
+        """Ends the worker processes; a later pass starts others."""
+        self._loader = None
 
     def __len__(self) -> int:
         return self._count()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from ptl.data.order import Plan
 from ptl.data.parts import Part, Preparation, Split, open_part
 from ptl.data.prepare import Prepared
 from ptl.data.prepare import prepare as prepare_rows
-from ptl.data.progress import Cursor, Position, epoch_batches, limited_batches
+from ptl.data.progress import Cursor, Position, epoch_batches, limited_batches, position_of
 from ptl.data.render import Renderer, RenderPolicy, Truncation
 from ptl.data.sources import Source
 from ptl.data.tokenizer import load_tokenizer
@@ -95,6 +95,7 @@ class ChatDataModule(L.LightningDataModule):
         self.trust_remote_code = trust_remote_code
         self.view: View = ChatView()
         self._parts: dict[str, Part] = {}
+        self._loaders: list[Loader] = []
         self._cursor = Cursor()
         self._check()
 
@@ -179,6 +180,14 @@ class ChatDataModule(L.LightningDataModule):
         if stage == "fit":
             self._cursor.reset()
 
+    def teardown(self, stage: str) -> None:
+        """Ends the loaders' worker processes."""
+        while self._loaders:
+            self._loaders.pop().close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.teardown("exception")
+
     @property
     def audits(self) -> dict[str, Audit]:
         """The supervision audit of the prepared rows, by ``train`` and, with sources of its own, ``val``."""
@@ -258,15 +267,17 @@ class ChatDataModule(L.LightningDataModule):
                 )
             yield from train_batches(plan, self._parts["train"].units, self._rank, bucket=self.layout == "padded")
 
-        return ResumableLoader(
+        loader = ResumableLoader(
             self._dataset("train"),
             passes,
             lambda: self._epoch_batches,
-            state=self.state_dict,
-            load_state=self.load_state_dict,
             num_workers=self.num_workers,
             pin_memory=self._pin_memory,
+            state=self.state_dict,
+            load_state=self.load_state_dict,
         )
+        self._loaders.append(loader)
+        return loader
 
     def val_dataloader(self) -> Loader | list[Loader]:
         """Batches of this rank's share of the validation rows, in their order; as many on every rank."""
@@ -280,23 +291,24 @@ class ChatDataModule(L.LightningDataModule):
                 units=units.entries, world_size=world_size, micro_batch_size=self.micro_batch_size, shuffle=False
             )
 
-        return Loader(
+        loader = Loader(
             self._dataset("val"),
             lambda: eval_batches(plan(), units, self._rank, bucket=self.layout == "padded"),
             lambda: plan().steps,
             num_workers=self.num_workers,
             pin_memory=self._pin_memory,
         )
+        self._loaders.append(loader)
+        return loader
 
     def test_dataloader(self) -> Loader | list[Loader]:
         """The validation rows: there is no third part."""
         return self.val_dataloader()
 
     def _dataset(self, part: str) -> RowDataset:
-        tokenizer = self.renderer.tokenizer
-        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        pad_id = next(int(i) for i in ids if i is not None)  # pyright: ignore[reportArgumentType]
-        return RowDataset(self._parts[part].prepared.rows, self.view, self.layout, pad_id)
+        pad_id = self.renderer.tokenizer.pad_token_id
+        rows = self._parts[part].prepared.rows
+        return RowDataset(rows, self.view, self.layout, pad_id if isinstance(pad_id, int) else 0)
 
     @property
     def _pin_memory(self) -> bool:
@@ -325,19 +337,6 @@ class ChatDataModule(L.LightningDataModule):
         Raises:
             ValueError: it lies inside an epoch of other data, or of another order.
         """
-        if not state_dict or (self.trainer is not None and not self.trainer.training):
-            return
-        self.prepare()
-        position = Position(state_dict["epoch"], state_dict["units"])
-        identity = self._identity()
-        changed = {name: (state_dict[name], value) for name, value in identity.items() if state_dict[name] != value}
-        if changed and 0 < position.units < state_dict["of"]:
-            told = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in changed.items())
-            raise ValueError(
-                f"the checkpoint is {position.units} of {state_dict['of']} units into epoch {position.epoch}, and the "
-                f"data is not the same ({told}; of: units an epoch): resume with the data.train, data.pack_to, "
-                "data.val_fraction, data.seed and data.shuffle of the run, or from a checkpoint at the end of an epoch"
-            )
-        if position.units == state_dict["of"]:
-            position = replace(position, units=identity["of"])
-        self._cursor.load(position)
+        if state_dict and (self.trainer is None or self.trainer.training):
+            self.prepare()
+            self._cursor.load(position_of(state_dict, self._identity()))

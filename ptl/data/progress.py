@@ -8,7 +8,7 @@ the data has them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,28 @@ class Cursor:
             plan = plan_at(Position(trainer.current_epoch))
             return Position(plan.epoch, plan.consumed(_finished(trainer) // plan.accumulate))
         return self._start if self._first_batch is None else Position(self._start.epoch + 1)
+
+
+def position_of(state: Mapping[str, Any], identity: Mapping[str, Any]) -> Position:
+    """The position a checkpoint holds, if it has a meaning in the data at hand.
+
+    At the end or the start of an epoch it has, whatever changed: the next epoch begins.
+
+    Args:
+        state: ``epoch``, ``units`` and the identity of the data they were counted in.
+        identity: of the data at hand: ``of``, units an epoch, and what the order depends on.
+
+    Raises:
+        ValueError: it lies inside an epoch of other data, or of another order.
+    """
+    changed = [f"{name} {state[name]} -> {value}" for name, value in identity.items() if state[name] != value]
+    if changed and 0 < state["units"] < state["of"]:
+        raise ValueError(
+            f"the checkpoint is {state['units']} of {state['of']} units into epoch {state['epoch']}, and the data is "
+            f"not the same ({', '.join(changed)}; of: units an epoch): resume with the data.train, data.pack_to, "
+            "data.val_fraction, data.seed and data.shuffle of the run, or from a checkpoint at the end of an epoch"
+        )
+    return Position(state["epoch"], identity["of"] if state["units"] == state["of"] else state["units"])
 
 
 def epoch_batches(plan: Plan) -> int:

@@ -17,6 +17,9 @@ R = TypeVar("R")
 MOST = 16
 """Processes taken where the user names no number: each holds about 0.4 GB."""
 
+INLINE = 16
+"""Tasks that are done before processes would have started."""
+
 
 class WorkerError(RuntimeError):
     """A process died, or failed on something that is not the data."""
@@ -33,7 +36,7 @@ def processes(num_proc: int | None) -> int:
     return num_proc or min(MOST, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
 
 
-def in_order(work: Callable[[T], R], tasks: Iterable[T], num_proc: int, inline: int = 4) -> Iterator[R]:
+def in_order(work: Callable[[T], R], tasks: Iterable[T], num_proc: int, inline: int = INLINE) -> Iterator[R]:
     """``map(work, tasks)`` in several processes, results in the order of the tasks.
 
     Each process has one task at a time, and no more than ``3 * num_proc`` tasks are under way or waiting for their

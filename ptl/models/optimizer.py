@@ -39,12 +39,15 @@ class Optimizer:
         if not self.lr > 0:
             raise ValueError(f"optimizer.lr must be above 0, got {self.lr}")
 
-    def build(self, module: nn.Module, *, lora_plus_ratio: float | None = None) -> torch.optim.Optimizer:
+    def build(
+        self, module: nn.Module, *, lora_plus_ratio: float | None = None, fused: bool = True
+    ) -> torch.optim.Optimizer:
         """The optimizer over ``module``'s trainable parameters.
 
         Arguments:
             module: what is trained.
             lora_plus_ratio: rate of LoRA's B matrices over ``lr`` (LoRA+, arXiv:2402.12354); None for one rate.
+            fused: use AdamW's one-kernel step where the devices have it.
 
         Raises:
             ValueError: nothing is trainable, or LoRA+ is asked of a model without LoRA matrices.
@@ -61,7 +64,7 @@ class Optimizer:
 
             return bitsandbytes.optim.AdamW8bit(groups, lr=self.lr, betas=self.betas, eps=self.eps)
         devices = {p.device.type for group in groups for p in group["params"]}
-        fused = devices <= {"cpu", "cuda"}
+        fused = fused and devices <= {"cpu", "cuda"}
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from ptl.data.views import ChatView, View
@@ -176,8 +177,10 @@ class Objective(L.LightningModule, ABC):
         return self.trainer.max_epochs * self.data.steps_per_epoch
 
     def configure_optimizers(self) -> Any:
-        adapter = self.spec.adapter
-        optimizer = self.optimizer_spec.build(self, lora_plus_ratio=adapter.plus_ratio if adapter else None)
+        ratio = self.spec.adapter.plus_ratio if self.spec.adapter else None
+        # Lightning refuses to clip for a fused optimizer under autocast, whose kernel may unscale gradients itself.
+        amp = isinstance(self.trainer.precision_plugin, MixedPrecision) and bool(self.trainer.gradient_clip_val)
+        optimizer = self.optimizer_spec.build(self, lora_plus_ratio=ratio, fused=not amp)
         scheduler = self.schedule_spec.build(optimizer, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -200,8 +203,8 @@ class Objective(L.LightningModule, ABC):
         # A tied matrix is listed once by named_parameters and under every name in the state dict, so none is missing.
         if missing:
             raise ValueError(
-                f"the checkpoint lacks {len(missing)} trained parameters, first {missing[0]!r}: it was made with another "
-                "model.policy.adapter or model.policy.name than this run's"
+                f"the checkpoint lacks {len(missing)} trained parameters, first {missing[0]!r}: it was made with "
+                "another model.policy.adapter or model.policy.name than this run's"
             )
 
 

@@ -14,6 +14,7 @@ from ptl.callbacks.jsonl import JsonlLogger, read_metrics, read_rows
 from ptl.callbacks.record import RunRecord, run_folder, wall_seconds
 from ptl.callbacks.throughput import Throughput
 from tests.callbacks.parts import Toy, loader, packed, trainer
+from tests.callbacks.real import chat, make_inputs, sft
 from tests.callbacks.test_redact import HF
 
 BATCHES = [packed([8, 8], trained=4, seed=i) for i in range(6)]
@@ -203,27 +204,13 @@ def test_wandb_gets_the_summary(tmp_path):
     assert summary["throughput/tokens_per_second"] > 0
 
 
-class Audit:
-    def as_dict(self):
-        return {"sources": {"a": {"rows": 3}}}
-
-
-class Data(L.LightningDataModule):
-    """Has what the record reads of ``ChatDataModule``."""
-
-    audits = {"train": Audit()}
-
-    def summary(self):
-        return {"train": {"units": 3}}
-
-    def train_dataloader(self):
-        return loader(BATCHES)
-
-
 def test_what_the_data_holds_is_kept(tmp_path):
-    trainer(tmp_path, [RunRecord(tmp_path)], max_steps=1).fit(Toy(), Data())
-    assert read(tmp_path, "audit.json") == {"train": {"sources": {"a": {"rows": 3}}}}
-    assert read(tmp_path, "data.json") == {"train": {"units": 3}}
+    model, data = make_inputs(tmp_path / "inputs")
+    fit = trainer(tmp_path / "run", [RunRecord(tmp_path / "run")], max_steps=1)
+    fit.fit(sft(model), chat(model, data))
+    audit = read(tmp_path / "run", "audit.json")["train"]
+    assert "12" in json.dumps(audit) and "chat.jsonl" in json.dumps(audit)
+    assert read(tmp_path / "run", "data.json")["train"]["units"] == 12
 
 
 def test_bad_mode():

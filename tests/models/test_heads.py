@@ -308,7 +308,7 @@ def test_zero_3_gathers_the_head_for_the_loss(sharded, name, adapter, reader):
     result = sharded[f"{name}-{adapter}-{reader}"]
     losses = zero_heads.plain(name, adapter)
     assert result["losses"] == pytest.approx(losses, rel=1e-5)
-    assert losses[1] == 0 and losses[3] != pytest.approx(zero_heads.plain(name, adapter, lr=0.0)[3], rel=1e-3)
+    assert losses[1] == 0 and losses[3] != pytest.approx(zero_heads.plain(name, adapter, lr=0.0)[3], rel=1e-4)
     assert result["largest_after"] == 0
     # As a module of its own the loss has let the head go by the end of the step's forward.
     assert (result["held"] == 0) == (reader == "module")

@@ -1,0 +1,87 @@
+"""Every YAML of the repository parses, layers keep to their key, and every recipe trains a tiny model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import tiny
+from tests.objectives import law
+from tests.ranks import run_ranks
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
+LAYERS = {"objective": "model", "model": "model", "overlay": None, "data": "data", "trainer": "trainer"}
+STACKS = list(
+    itertools.product(sorted((CONFIGS / "objective").glob("*.yaml")), sorted((CONFIGS / "trainer").glob("*.yaml")))
+)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_a_layer_sets_only_its_own_key(path):
+    keys = set(yaml.safe_load(path.read_text()))
+    if path.parent.name == "recipes":
+        assert {"seed_everything", "model", "data", "trainer"} <= keys
+    else:
+        own = LAYERS[path.parent.name]
+        assert keys == {own} if own else len(keys) == 1
+
+
+def parse(*paths: Path):
+    from ptl.trainer_cli import PTLCLI
+
+    class ParseOnly(PTLCLI):
+        def instantiate_classes(self) -> None:
+            pass
+
+        def after_instantiate_classes(self) -> None:
+            pass
+
+    return ParseOnly([argument for path in paths for argument in ("-c", str(path))], run=False).config
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_parses(path):
+    config = parse(path)
+    written = yaml.safe_load(path.read_text())["model"]["init_args"]
+    assert config.model.init_args.policy.name == written["policy"]["name"]
+
+
+@pytest.mark.parametrize(("objective", "trainer"), STACKS, ids=lambda p: p.stem)
+def test_every_stack_of_layers_parses(objective, trainer):
+    layers = (CONFIGS / "base.yaml", objective, CONFIGS / "model/qwen2.5-1.5b.yaml", CONFIGS / "data/chat.yaml")
+    if objective.stem == "qlora":
+        layers = (*layers, CONFIGS / "overlay/qlora.yaml")
+    config = parse(*layers, trainer)
+    assert config.model.init_args.policy.name == "Qwen/Qwen2.5-1.5B-Instruct" and config.trainer.max_epochs == 1
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipes")
+    # 128 columns: what 4-bit weights need on the CPU.
+    tiny.save_folder(folder / "model", tiny.make_tokenizer(), hidden=128)
+    rows = law.write_rows(folder / "rows.jsonl", count=40)
+    text = (json.dumps({"text": " ".join(m["content"] for m in row["messages"])}) + "\n" for row in rows)
+    (folder / "text.jsonl").write_text("".join(text))
+    names = [str(path) for path in RECIPES]
+    result = run_ranks("tests.cli.recipes:run", 1, {"folder": str(folder), "recipes": names}, timeout=280)[0]
+    return folder, result
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", [path.stem for path in RECIPES])
+def test_every_recipe_runs_two_steps_and_exports_a_plain_folder(name, ran):
+    from transformers import AutoModelForCausalLM
+
+    folder, result = ran
+    assert result[name]["code"] == 0
+    run = folder / "runs" / name
+    AutoModelForCausalLM.from_pretrained(run / "export")
+    for file in ("config.yaml", "command.txt", "versions.json", "audit.json", "metrics.jsonl", "summary.json"):
+        assert (run / file).stat().st_size > 0, file
+    assert list((run / "checkpoints").iterdir())
