@@ -129,18 +129,18 @@ def preview(args: argparse.Namespace) -> int:
 
     renderer, console = renderer_of(args), _console()
     colour = console.color_system is not None and not console.no_color
-    tokenizer = renderer.tokenizer
+    tokenizer, wrap = renderer.tokenizer, not console.is_terminal
     how: dict[str, Any] = {"max_length": args.max_length, "truncation": args.truncation, "rows": args.rows}
     for source in sources:
         for origin, documents, problem in preview_rows(source, view=ChatView(), renderer=renderer, **how):
             if problem is not None:
-                console.print(f"── {origin}: not trained: {problem}", style="red", markup=False)
+                console.print(f"── {origin}: not trained: {problem}", style="red", markup=False, soft_wrap=wrap)
             for number, example in enumerate(documents, 1):
                 title = headline(origin, example, number, len(documents))
-                console.print(f"── {title}", style="bold", markup=False)
-                console.print(painted(segments(example, tokenizer), colour=colour), end="\n\n")
+                console.print(f"── {title}", style="bold", markup=False, soft_wrap=wrap)
+                console.print(painted(segments(example, tokenizer), colour=colour), end="\n\n", soft_wrap=wrap)
     legend = "green: trained · dim: not trained · bold: special token" if colour else "⟦ ⟧: trained"
-    console.print(f"{legend} · ⏎: line feed · ×n: loss weight n", markup=False)
+    console.print(f"{legend} · ⏎: line feed · ×n: loss weight n", markup=False, soft_wrap=wrap)
     return 0
 
 
@@ -171,9 +171,8 @@ def audit(args: argparse.Namespace) -> int:
         if args.json:
             Path(args.json).write_text(text + "\n", encoding="utf-8")
     if any(source.refused_rows > limits.max_bad_fraction * source.rows for source in found.sources):
-        print(
-            f"ptl data: a source has more bad rows than --max-bad-fraction {args.max_bad_fraction:g}", file=sys.stderr
-        )
+        told = f"a source has more bad rows than --max-bad-fraction {args.max_bad_fraction:g}"
+        print(f"ptl data: {told}", file=sys.stderr)
         return 1
     return 0
 

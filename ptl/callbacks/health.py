@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from ptl.callbacks.throughput import logged_step
+from ptl.callbacks.throughput import log_metrics
 
 NO_STEP = 2**53
 """Above any step number, and exact in float64."""
@@ -109,9 +109,7 @@ class Health(L.Callback):
             norm = self._norm
         if norm is not None:
             metrics["health/grad_norm"] = float(norm)
-        if trainer.is_global_zero and metrics:
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=logged_step(trainer))
+        log_metrics(trainer, metrics)
 
     def _check(self, trainer: L.Trainer) -> None:
         """All ranks agree on what they saw, and stop together where it is bad."""

@@ -49,6 +49,8 @@ _ASSIGNED = re.compile(
     rf"((?<![\w.-])-{{0,2}}{_SECRET_NAME}[\"']?\s*[=:]\s*)(\"[^\"\n]*\"|'[^'\n]*'|[^\s,;}}\"']+)", re.I
 )
 _FLAG = re.compile(rf"(--(?:{_SECRET_NAME}|token)[=\s]\s*)(\"[^\"\n]*\"|'[^'\n]*'|[^\s\"'-]\S*)", re.I)
+# A setting named just ``token`` may be a piece of text; a long run of letters and digits is not.
+_TOKEN = re.compile(r"((?<![\w.-])token[\"']?\s*[=:]\s*[\"']?)[A-Za-z0-9_-]{16,}", re.I)
 # W&B's older keys are 40 hexadecimal digits, as a git commit is: only beside the service's name are they a key.
 _WANDB_HEX = re.compile(r"((?:wandb|api\.wandb\.ai)\W[^\n]{0,60}?)\b[0-9a-f]{40}\b", re.I)
 
@@ -86,6 +88,7 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
     text = _BEARER.sub(rf"\1 {MASK}", text)
     text = _ASSIGNED.sub(_mask_value, text)
     text = _FLAG.sub(_mask_value, text)
+    text = _TOKEN.sub(rf"\1{MASK}", text)
     return _WANDB_HEX.sub(rf"\1{MASK}", text)
 
 

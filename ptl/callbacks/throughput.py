@@ -172,10 +172,7 @@ class Throughput(L.Callback):
         metrics, slowest = self._reduce(trainer, durations, waited, counts)
         self._windows.append(metrics)
         self._durations.extend(slowest)
-        if trainer.is_global_zero:
-            logged = {f"throughput/{name}": value for name, value in metrics.items()}
-            for logger in trainer.loggers:
-                logger.log_metrics(logged, step=logged_step(trainer))
+        log_metrics(trainer, {f"throughput/{name}": value for name, value in metrics.items()})
 
     def _reduce(
         self, trainer: L.Trainer, durations: list[float], waited: float, counts: list[int]
@@ -287,6 +284,13 @@ def _token_batches(batch: Any) -> Iterator[TokenBatch]:
     elif isinstance(batch, list | tuple):
         for item in batch:
             yield from _token_batches(item)
+
+
+def log_metrics(trainer: L.Trainer, metrics: dict[str, float]) -> None:
+    """Hands metrics that are already reduced over ranks to the trainer's loggers, on rank 0."""
+    if trainer.is_global_zero and metrics:
+        for logger in trainer.loggers:
+            logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=logged_step(trainer))
 
 
 def logged_step(trainer: L.Trainer) -> int:

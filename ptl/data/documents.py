@@ -13,7 +13,7 @@ from ptl.data.layout import Layout, form_of, learn_layout, masked, place
 History = Literal["inference", "single_pass"]
 _MAX_SHAPES = 4096
 _QUOTED = r"""(['"])((?:(?!\1).)+)\1"""
-_TESTED = (
+_SOUGHT = (
     re.compile(_QUOTED + r"\s+(?:not\s+)?in\s"),
     re.compile(r"\.(?:r?split|startswith|endswith|r?find|r?index|count|r?partition|replace)\(\s*" + _QUOTED),
 )
@@ -50,7 +50,7 @@ class Documents:
     def __init__(self, template: ChatTemplate, history: History):
         self.template = template
         self.history = history
-        self._tested = tested_literals(template.source)
+        self._sought = sought_literals(template.source)
         self._shapes: dict[tuple, Shape | None] = {}
 
     def plan(self, chat: Chat, tools: Tools, weights: Sequence[float]) -> list[Document]:
@@ -65,7 +65,7 @@ class Documents:
         if tools or any(m["role"] != "assistant" and weight for m, weight in zip(chat, weights)):
             return None
         key, words = form_of(chat)
-        if any(literal in word.text for literal in self._tested for word in words):
+        if any(literal in word.text for literal in self._sought for word in words):
             return None
         if key not in self._shapes:
             if len(self._shapes) >= _MAX_SHAPES:
@@ -219,7 +219,7 @@ def _check_context(template: ChatTemplate, chat: Chat, tools: Tools, *, prompt: 
             )
 
 
-def tested_literals(source: str) -> tuple[str, ...]:
+def sought_literals(source: str) -> tuple[str, ...]:
     """The strings for which a template's text looks in what it prints: words that hold one may change its course."""
-    found = {match[2] for pattern in _TESTED for match in pattern.finditer(source)}
+    found = {match[2] for pattern in _SOUGHT for match in pattern.finditer(source)}
     return tuple(sorted(text.replace("\\n", "\n") for text in found))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -71,11 +71,17 @@ def segments(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[Segme
     mask = mask_of(len(ids), example["spans"], example["span_weights"])
     special = np.isin(ids, sorted(_special_ids(tokenizer)))
     edges = np.flatnonzero((np.diff(mask) != 0) | (np.diff(special) != 0)) + 1
-    out = []
-    for start, end in zip([0, *edges], [*edges, len(ids)]):
-        text: Any = tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False)
-        out.append(Segment(text, float(mask[start]), bool(special[start])))
-    return out
+    return [
+        Segment(_said(ids, int(start), int(end), tokenizer), float(mask[start]), bool(special[start]))
+        for start, end in zip([0, *edges], [*edges, len(ids)])
+    ]
+
+
+def _said(ids: np.ndarray, start: int, end: int, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The text of ``ids[start:end]`` in its place: some tokenizers drop the first space of what they decode."""
+    before, until = (str(tokenizer.decode(ids[:stop].tolist(), skip_special_tokens=False)) for stop in (start, end))
+    own = str(tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False))
+    return until[len(before) :] if until.startswith(before) else own
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:

@@ -100,7 +100,7 @@ class Encoder:
         ids = np.array(encoding.ids, dtype=np.int32)
         mask = np.zeros(len(ids), dtype=np.float32)
         for start, end, weight in document.spans:
-            found = self._token_span(encoding, start, end)
+            found = self._token_span(document.text, encoding, start, end)
             if isinstance(found, _Straddle):
                 try:
                     return self._in_pieces(document, encoding)
@@ -109,7 +109,7 @@ class Encoder:
             mask[found[0] : found[1]] = weight
         return finished(ids, mask)
 
-    def _token_span(self, encoding: Encoding, start: int, end: int) -> tuple[int, int] | _Straddle:
+    def _token_span(self, text: str, encoding: Encoding, start: int, end: int) -> tuple[int, int] | _Straddle:
         """First token and token after the last of the characters ``start`` to ``end``."""
         first, begin = None, start
         while first is None and begin < end:  # a normaliser may have removed characters
@@ -125,7 +125,8 @@ class Encoder:
         while last + 1 < count and _chars(encoding, last + 1)[0] < end:  # the bytes of one character
             last += 1
         # An end token may swallow the white space after it; it is the end token all the same.
-        if _chars(encoding, last)[1] > end and encoding.ids[last] not in self._terminators:
+        excess = text[end : _chars(encoding, last)[1]]
+        if excess and not (excess.isspace() and encoding.ids[last] in self._terminators):
             return _Straddle(end)
         return first, last + 1
 
@@ -161,7 +162,7 @@ class Encoder:
                 low, high = max(start, begin), min(end, stop)
                 if low >= high:
                     continue
-                found = self._token_span(piece, low - begin, high - begin)
+                found = self._token_span(document.text[begin:stop], piece, low - begin, high - begin)
                 if isinstance(found, _Straddle):
                     return mask, found.at + begin
                 mask[offset + found[0] : offset + found[1]] = weight

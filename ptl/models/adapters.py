@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils import set_additional_trainable_modules
 from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig, deepspeed_config, is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ptl.models.merge import ADAPTER, MergedLayer, merge
 from ptl.models.spec import CHANGES_BASE, LoRA
@@ -62,14 +65,39 @@ def add_lora(model: nn.Module, lora: LoRA, *, token_ids: Sequence[int] = (), qua
         bias="none",
     )
     fp32 = lora.dtype == "fp32" or (lora.dtype == "auto" and quantized)
+    second_step = bool(rows) and is_deepspeed_zero3_enabled()
+    if second_step:
+        config.trainable_token_indices = None
     wrapped: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=fp32)  # pyright: ignore
+    if second_step:
+        _train_rows_under_zero3(wrapped, config, rows)
     for name, parameter in wrapped.named_parameters():
         # A magnitude is about 1 and moves by steps that bf16 would round away.
-        if "lora_magnitude_vector" in name:
+        if "lora_magnitude_vector" in name or (fp32 and "trainable_tokens_delta" in name):
             parameter.data = parameter.data.float()
     if lora.init in CHANGES_BASE:
         wrapped.initial_adapter = _copy_of_ab(wrapped)  # pyright: ignore[reportArgumentType]
     return wrapped
+
+
+def _train_rows_under_zero3(wrapped: PeftModel, config: LoraConfig, rows: Any) -> None:
+    """Has rows trained of matrices that ZeRO-3 may have sharded.
+
+    peft copies the rows on CUDA alone under ZeRO-3 (``TrainableTokensLayer._collect_token_weights``, peft 0.21). Here
+    the matrices are whole while it copies, and it is told so; the announcement of ZeRO-3 is then made again.
+    """
+    base: Any = wrapped.get_base_model()
+    only_rows = LoraConfig(trainable_token_indices=rows)
+    announced = deepspeed_config()
+    matrices = [p for name in rows for p in base.get_submodule(name).parameters()]
+    with gathered(matrices):
+        unset_hf_deepspeed_config()
+        try:
+            set_additional_trainable_modules(base, only_rows, base.config.to_dict(), ADAPTER)
+        finally:
+            # Known to transformers by a weak reference, so it must live as long as the model.
+            wrapped.announced_zero3 = HfDeepSpeedConfig(announced)  # pyright: ignore[reportArgumentType]
+    config.trainable_token_indices = rows
 
 
 def _copy_of_ab(model: nn.Module) -> dict[str, Tensor]:

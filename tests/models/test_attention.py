@@ -169,6 +169,17 @@ def test_generation_with_a_cache_equals_eager(name):
         close(torch.stack(outs[0].logits), torch.stack(outs[1].logits))
 
 
+def test_a_cache_with_room_for_more_is_read_as_far_as_it_is_filled():
+    """Without a mask, as a static cache is first filled: keys beyond the queries are not there yet."""
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, n, 8, generator=g) for n in (4, 7, 7))
+    module = torch.nn.Identity()
+    for softcap in (None, 5.0):
+        room, _ = packed_attention(module, query, key, value, None, softcap=softcap)
+        full, _ = packed_attention(module, query, key[:, :, :4], value[:, :, :4], None, softcap=softcap)
+        torch.testing.assert_close(room, full)
+
+
 def test_gradient_checkpointing_changes_nothing():
     model = zoo.make("gemma2_softcaps_sliding")
     batch = zoo.packed(zoo.documents())

@@ -183,7 +183,7 @@ def test_eight_conversations_are_learned_by_heart_and_said_again_in_chat(tmp_pat
     objective = objective_of(
         tmp_path, optimizer=Optimizer(lr=1e-2), schedule=Schedule(kind="cosine", warmup=5, floor=0.05)
     )
-    trainer, _ = fit(tmp_path, objective, max_epochs=60, data_options={"micro_batch_size": 8})
+    trainer, _ = fit(tmp_path, objective, max_epochs=120, data_options={"micro_batch_size": 8})
     assert float(trainer.callback_metrics["train/loss"]) < 0.05
     objective.policy.eval()
     renderer = Renderer(tokenizer)

@@ -1,0 +1,281 @@
+"""The comparison's own logic: which rows, which steps count, when two runs may be compared, and what is recorded."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import peers, record, report
+from benchmarks.peer_stages import machine, rows, sft
+from benchmarks.peer_stages.compare import Measured, Pair, compare, run_side
+from tests import tiny
+
+TEMPLATES = Path(__file__).parent.parent / "data" / "chat_templates"
+
+
+def measured(seconds, *, useful=(100, 300, 300), losses=(2.0, 1.5, 1.25), peak=4_000_000_000, **changes) -> Measured:
+    values = {
+        "seconds": list(seconds),
+        "cpu_seconds": [2 * s for s in seconds],
+        "losses": list(losses),
+        "useful_tokens": list(useful),
+        "trained_tokens": [n // 2 for n in useful],
+        "computed_tokens": [n + 50 for n in useful],
+        "flops": [1e9 * n for n in useful],
+        "peak_bytes": peak,
+        "start_bytes": 1_000_000_000,
+        "matmul_rates": {"fp32": 1e12, "bf16": 4e12},
+        **changes,
+    }
+    return Measured(**values)
+
+
+def conversation(text: str, answer: str = "Yes.") -> dict:
+    return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]}
+
+
+# ---- comparing ----
+
+
+def test_ratio_is_the_median_over_pairs_of_rates_after_warm_up():
+    # Rates after one step: 600 tokens in 2 s against 6, 4 and 10 s.
+    pairs = [Pair(measured((9.0, 1.0, 1.0)), measured((9.0, s, s), peak=8_000_000_000)) for s in (3.0, 2.0, 5.0)]
+    line = compare(pairs, warmup=1, dtype="fp32")
+    assert line["ratio"] == 3.0
+    assert line["memory_ratio"] == 0.5
+    assert line["pairs"] == 3
+    assert line["step_seconds"]["peer"] == {"median": 3.0, "min": 2.0, "max": 5.0}
+    assert line["cpu_seconds_per_step"] == {"ptl": 2.0, "peer": 6.0}
+    assert line["useful_tokens_per_second"] == {"ptl": 300.0, "peer": 100.0}
+    assert line["trained_tokens_per_second"]["ptl"] == 150.0
+    assert line["share_of_matmul"] == {"ptl": 0.3, "peer": 0.1}
+    assert compare(pairs, warmup=1, dtype="bf16")["share_of_matmul"]["ptl"] == 0.075
+
+
+def test_the_largest_difference_is_over_all_pairs_but_only_the_shown_steps():
+    same = measured((1.0,) * 6, useful=(9,) * 6, losses=(1.0,) * 6)
+    late = measured((1.0,) * 6, useful=(9,) * 6, losses=(1.0,) * 5 + (7.0,))
+    early = measured((1.0,) * 6, useful=(9,) * 6, losses=(1.0, 1.25, 1.0, 1.0, 1.0, 1.0))
+    line = compare([Pair(same, late), Pair(same, early)], warmup=1, dtype="fp32")
+    assert line["losses"]["largest_difference"] == 0.25
+    assert line["losses"]["peer"] == [1.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (measured((1.0, 1.0, 1.0), useful=(100, 301, 300)), "step 1: useful_tokens are 300 for ptl and 301"),
+        (measured((1.0, 1.0, 1.0), trained_tokens=[50, 150, 149]), "step 2: trained_tokens are 150 for ptl and 149"),
+        (measured((1.0, 1.0), useful=(100, 300)), "ptl ran 3 steps and the peer 2"),
+    ],
+)
+def test_runs_that_did_other_work_are_not_compared(other, reason):
+    with pytest.raises(ValueError, match=reason):
+        compare([Pair(measured((1.0, 1.0, 1.0)), other)], warmup=1, dtype="fp32")
+
+
+def test_a_side_that_fails_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match=r"ptl side of stage sft ended with code 1:\n(.|\n)*KeyError: 'device'"):
+        run_side("sft", "ptl", {}, tmp_path, threads=1, device="cpu", timeout=120)
+
+
+# ---- rows ----
+
+
+def test_rows_are_chosen_by_rendered_length_in_an_order_of_the_seed(tokenizer):
+    many = [conversation("word " * n) for n in range(60)]
+    many.append({"messages": many[30]["messages"][:1]})  # nothing to train on
+    chosen, lengths = rows.choose_rows(many, tokenizer, count=20, tokens=(60, 200), seed=0)
+    again, _ = rows.choose_rows(many, tokenizer, count=20, tokens=(60, 200), seed=0)
+    other, _ = rows.choose_rows(many, tokenizer, count=20, tokens=(60, 200), seed=1)
+    assert chosen == again != other
+    assert all(60 <= n <= 200 for n in lengths)
+    assert lengths == [len(tokenizer.apply_chat_template(r["messages"], return_dict=False)) for r in chosen]
+    assert all(row["messages"][-1]["role"] == "assistant" for row in chosen)
+
+
+def test_too_few_rows_name_the_options(tokenizer):
+    with pytest.raises(ValueError, match=r"0 of 3 conversations have 500 to 600 tokens, 8 are needed.*--rows.*--tokens"):
+        rows.choose_rows([conversation("hi")] * 3, tokenizer, count=8, tokens=(500, 600), seed=0)
+
+
+def test_rows_are_read_from_messages_or_from_two_named_columns(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    extra = {**conversation("a", "b"), "id": 7}
+    path.write_text(json.dumps(extra) + "\n\n" + json.dumps({"q": "c", "a": "d"}) + "\n", encoding="utf-8")
+    assert rows.read_rows([path], ("q", "a")) == [conversation("a", "b"), conversation("c", "d")]
+    with pytest.raises(ValueError, match=r"rows\.jsonl:3: expected 'messages', got the columns a, q.*--columns"):
+        rows.read_rows([path])
+
+
+def test_written_rows_read_back_and_have_a_digest_of_their_text(tmp_path):
+    some = [conversation("où ?"), conversation("b")]
+    digest = rows.write_rows(tmp_path / "a.jsonl", some)
+    assert rows.read_rows([tmp_path / "a.jsonl"]) == some
+    assert digest == rows.write_rows(tmp_path / "b.jsonl", some) != rows.write_rows(tmp_path / "c.jsonl", some[:1])
+
+
+# ---- the SFT stage ----
+
+
+def test_the_training_template_marks_the_words_and_the_end_of_each_answer(tokenizer):
+    tokenizer = tiny.make_tokenizer(template=(TEMPLATES / "smollm2.jinja").read_text(encoding="utf-8"))
+    messages = [
+        {"role": "user", "content": "What is 2+2?"},
+        {"role": "assistant", "content": "The answer is 4"},
+        {"role": "user", "content": "Où est Shanghai ?"},
+        {"role": "assistant", "content": "En Chine."},
+    ]
+    sft.check_template(tokenizer, sft.SMOLLM2_TRAINING, [messages, messages[:2]])
+    out = tokenizer.apply_chat_template(
+        messages, chat_template=sft.SMOLLM2_TRAINING, return_dict=True, return_assistant_tokens_mask=True
+    )
+    marked = [token for token, mask in zip(out["input_ids"], out["assistant_masks"]) if mask]
+    assert tokenizer.decode(marked) == "The answer is 4<|im_end|>En Chine.<|im_end|>"
+
+
+def test_a_training_template_of_another_model_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="renders another text than the model's own"):
+        sft.check_template(tokenizer, sft.SMOLLM2_TRAINING, [conversation("hi")["messages"]])
+
+
+def arguments(model: Path, source: Path, *more: str):
+    given = ["--stage", "sft", "--model", str(model), "--rows", str(source), "--tokens", "20", "200", *more]
+    return peers.parse([*given, "--steps", "3", "--batch-rows", "4", "--micro", "2", "--trl-micro", "2"])
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    path = tmp_path / "source.jsonl"
+    rows.write_rows(path, [conversation("What is 2+2? " * (1 + n % 5), f"The answer is {n}") for n in range(40)])
+    return path
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_the_ptl_side_runs_the_steps_and_counts_its_tokens(model_folder, source, tmp_path, tokenizer, adapter):
+    template = tmp_path / "own.jinja"
+    template.write_text(tokenizer.chat_template, encoding="utf-8")
+    args = arguments(model_folder, source, "--adapter", adapter, "--trl-template", str(template), "--lr", "1e-2")
+    spec = sft.make_spec(args, tmp_path)
+    run = sft.run_ptl(json.loads(json.dumps(spec)))
+    lines = rows.read_rows([Path(spec["rows"])])
+    lengths = [len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) for row in lines]
+    ends = [tokenizer.encode(row["messages"][1]["content"] + "<|im_end|>") for row in lines]
+    assert run.useful_tokens == [sum(lengths[i : i + 4]) for i in (0, 4, 8)]
+    assert run.trained_tokens == [sum(len(end) for end in ends[i : i + 4]) for i in (0, 4, 8)]
+    assert run.computed_tokens == run.useful_tokens  # packed: nothing is padding
+    assert len(run.seconds) == len(run.cpu_seconds) == len(run.flops) == 3
+    assert run.losses[-1] < run.losses[0]
+    assert run.peak_bytes >= run.start_bytes > 0
+
+
+def test_a_batch_that_does_not_divide_into_forward_passes_names_the_option(model_folder, source, tmp_path):
+    args = arguments(model_folder, source)
+    args.trl_micro = 3
+    with pytest.raises(ValueError, match="--batch-rows 4 is no multiple of --trl-micro 3"):
+        sft.make_spec(args, tmp_path)
+
+
+# ---- the command ----
+
+
+def test_every_stage_has_what_the_command_calls():
+    assert "sft" in peers.STAGES
+    for name in peers.STAGES:
+        module = peers.stage_module(name)
+        for attribute in ("PEER", "PEER_PACKAGE", "add_arguments", "make_spec", "run_ptl", "run_peer"):
+            assert hasattr(module, attribute), f"{name} lacks {attribute}"
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--warmup", "3"], "--warmup 3 leaves none of --steps 3"),
+        (["--pairs", "0"], "--pairs must be 1 or more"),
+        (["--model", "nowhere"], "nowhere/config.json is not there: run `make demo`"),
+        (["--no-such-option", "1"], "unrecognized arguments: --no-such-option"),
+    ],
+)
+def test_a_bad_command_line_is_one_message(model_folder, source, more, reason, capsys):
+    with pytest.raises(SystemExit):
+        arguments(model_folder, source, *more)
+    assert reason in capsys.readouterr().err
+
+
+def test_the_recorded_line_names_what_was_compared(model_folder, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "PEER_PACKAGE", "torch")  # a package that is surely installed
+    args = arguments(model_folder, source, "--adapter", "lora", "--dtype", "bf16")
+    pair = Pair(measured((3.0, 1.0, 1.0)), measured((3.0, 2.0, 2.0)))
+    result = peers.result(args, {"adapter": "lora", "rows_sha256": "ab"}, [pair])
+    line = record.append("peers_sft", result, folder=tmp_path)
+    assert (line["benchmark"], line["stage"], line["variant"]) == ("peers_sft", "sft", "lora-bf16")
+    assert line["peer"] == f"torch {torch.__version__} SFTTrainer"
+    assert line["ratio"] == 2.0 and line["pairs"] == 1 and line["rows_sha256"] == "ab"
+    assert record.read("peers_sft", tmp_path) == [line]
+    assert "| lora-bf16 |" in report.table([line])
+
+
+# ---- results ----
+
+
+def test_a_result_is_appended_with_the_common_keys_or_not_at_all(tmp_path):
+    assert record.read("speed", tmp_path) == []
+    first = record.append("speed", {"stage": "sft", "variant": "full-fp32", "ratio": 2.0}, folder=tmp_path)
+    for key in ("benchmark", "stage", "variant", "device", "date", "command", "versions"):
+        assert first[key]
+    assert first["versions"]["torch"] == torch.__version__
+    with pytest.raises(ValueError, match="the result of benchmark 'speed' is not JSON"):
+        record.append("speed", {"ratio": float("nan")}, folder=tmp_path)
+    second = record.append("speed", {"ratio": 3.0}, folder=tmp_path)
+    assert record.read("speed", tmp_path) == [first, second]
+
+
+def test_a_recorded_command_can_be_typed_again_and_tells_no_machine_path(tmp_path, monkeypatch):
+    program = str(Path(record.__file__).with_name("peers.py"))
+    monkeypatch.chdir(tmp_path)
+    inside = str(tmp_path / "data" / "rows.jsonl")
+    words = [program, "--rows", inside, "/elsewhere/more.jsonl", "--model=/elsewhere/m", "--lr", "2e-5"]
+    assert record.command(words) == (
+        "python -m benchmarks.peers --rows data/rows.jsonl more.jsonl --model=m --lr 2e-5"
+    )
+    package = str(Path(record.__file__).with_name("peer_stages") / "__main__.py")
+    assert record.command([package]) == "python -m benchmarks.peer_stages"
+
+
+def test_the_report_has_a_row_a_line_and_leaves_unknown_cells_empty():
+    text = report.table([{"variant": "a", "ratio": 2.5, "step_seconds": {"ptl": 1}}, {"variant": "b"}])
+    assert text.splitlines()[0].startswith("| benchmark | stage | variant |")
+    assert len(text.splitlines()) == 4
+    assert "| a |" in text and "2.5" in text and "step_seconds" not in text
+
+
+# ---- the machine ----
+
+
+def test_the_clock_measures_each_step_and_refuses_to_stop_before_it_started():
+    clock = machine.StepClock("cpu")
+    with pytest.raises(RuntimeError, match="not started"):
+        clock.mark()
+    clock.start()
+    for wait in (0.0, 0.05):
+        time.sleep(wait)
+        clock.mark()
+    assert clock.seconds[1] >= 0.05
+    assert clock.cpu_seconds[1] < 0.05  # sleeping is not working
+
+
+def test_the_peak_counts_what_was_held_and_given_back():
+    before = machine.peak_memory("cpu")
+    size = 2 * before
+    held = torch.ones(size, dtype=torch.uint8)
+    del held
+    assert machine.peak_memory("cpu") >= size
+
+
+def test_the_rate_of_a_matrix_product_is_a_number_of_operations_a_second():
+    rate = machine.matmul_rate("cpu", torch.float32, size=128, seconds=0.01)
+    assert 1e6 < rate < 1e15
