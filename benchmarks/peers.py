@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import record
 from benchmarks.peer_stages.compare import Measured, Pair, check_same_work, compare, run_side
 
-HELPERS = ("compare", "machine", "rows")
+HELPERS = ("breakdown", "compare", "machine", "rows")
 STAGES = tuple(
     sorted(
         path.stem
@@ -43,8 +43,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stage", choices=STAGES, default="sft")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "bf16-mixed"), default="fp32", help="of the weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--model", type=Path, default=Path("assets/smollm2-135m-instruct"), help="folder of `make demo`")
-    parser.add_argument("--rows", type=Path, nargs="+", help="JSONL files of conversations; default assets/demo/*.jsonl")
+    parser.add_argument(
+        "--model", type=Path, default=Path("assets/smollm2-135m-instruct"), help="folder of `make demo`"
+    )
+    parser.add_argument(
+        "--rows", type=Path, nargs="+", help="JSONL files of conversations; default assets/demo/*.jsonl"
+    )
     parser.add_argument("--columns", nargs=2, metavar=("USER", "ASSISTANT"), help="of rows that have no `messages`")
     parser.add_argument("--tokens", type=int, nargs=2, default=(64, 512), help="shortest and longest row")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side")
@@ -58,6 +62,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=record.core_count())
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds that one run may take")
     parser.add_argument("--only", choices=("ptl", "peer"), help="run one side once and print it; nothing is recorded")
+    parser.add_argument("--profile", action="store_true", help="run ptl once under the profiler and print the shares")
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the results")
     stage_module(stage).add_arguments(parser)
     args = parser.parse_args(argv)
@@ -65,6 +70,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--warmup {args.warmup} leaves none of --steps {args.steps}")
     if args.pairs < 1:
         parser.error(f"--pairs must be 1 or more, got {args.pairs}")
+    if args.profile and args.warmup < 1:
+        parser.error("--profile starts after the warm-up: give --warmup 1 or more")
+    if args.profile:
+        args.only = "ptl"
     args.rows = args.rows or sorted(Path("assets/demo").glob("*.jsonl"))
     for path in (args.model / "config.json", *args.rows):
         if not path.exists():
@@ -79,20 +88,33 @@ def show(side: str, run: Measured, warmup: int) -> None:
     rate = sum(run.useful_tokens[warmup:]) / sum(seconds)
     print(
         f"{side:<5} {sum(seconds) / len(seconds):8.3f} s/step ({sum(run.cpu_seconds[warmup:]) / len(seconds):.1f} CPU s) {rate:8.1f} useful tokens/s "
-        f"{run.peak_bytes / 1e9:6.2f} GB  matmul {run.matmul_rates['fp32'] / 1e9:.0f} fp32, "
+        f"{run.peak_bytes / 1e9:6.2f} GB ({run.start_bytes / 1e9:.2f} at the start)  matmul {run.matmul_rates['fp32'] / 1e9:.0f} fp32, "
         f"{run.matmul_rates['bf16'] / 1e9:.0f} bf16 GFLOP/s  losses {[round(loss, 5) for loss in run.losses[:5]]}",
         flush=True,
     )
 
 
-def result(args: argparse.Namespace, spec: dict[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
+def peer_name(stage: str) -> str:
+    """The peer with its version.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    module = stage_module(stage)
+    try:
+        version = metadata.version(module.PEER_PACKAGE)
+    except metadata.PackageNotFoundError as error:
+        raise ValueError(f"the peer is not installed: pip install -c constraints.txt {module.PEER_PACKAGE}") from error
+    return f"{module.PEER_PACKAGE} {version} {module.PEER}"
+
+
+def result(args: argparse.Namespace, spec: dict[str, Any], pairs: Sequence[Pair], peer: str) -> dict[str, Any]:
     """The line that is recorded, but for the common keys."""
-    stage = stage_module(args.stage)
     adapter = {"none": "full"}.get(spec.get("adapter", "none"), spec.get("adapter"))
     return {
         "stage": args.stage,
         "variant": f"{adapter}-{args.dtype}",
-        "peer": f"{stage.PEER_PACKAGE} {metadata.version(stage.PEER_PACKAGE)} {stage.PEER}",
+        "peer": peer,
         **compare(pairs, warmup=args.warmup, dtype="fp32" if args.dtype == "fp32" else "bf16"),
         "model": args.model.name,
         "threads": args.threads,
@@ -104,12 +126,16 @@ def result(args: argparse.Namespace, spec: dict[str, Any], pairs: Sequence[Pair]
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     stage = stage_module(args.stage)
+    peer = peer_name(args.stage) if args.only != "ptl" else ""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         spec = stage.make_spec(args, folder)
         settings: dict[str, Any] = {"threads": args.threads, "device": args.device, "timeout": args.timeout}
         if args.only:
-            show(args.only, run_side(args.stage, args.only, spec, folder, **settings), args.warmup)
+            run = run_side(args.stage, args.only, spec, folder, **settings)
+            show(args.only, run, args.warmup)
+            for name, values in run.settings.get("profile", {}).items():
+                print(f"{name}: " + ", ".join(f"{key} {value:.1%}" for key, value in values.items()))
             return 0
         pairs = []
         for _ in range(args.pairs):
@@ -119,7 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 show(side, runs[side], args.warmup)
             pairs.append(Pair(**runs))
             check_same_work(pairs[-1])
-    line = record.append(f"peers_{args.stage}", result(args, spec, pairs), device=args.device, folder=args.results)
+    line = record.append(
+        f"peers_{args.stage}", result(args, spec, pairs, peer), device=args.device, folder=args.results
+    )
     print(
         f"ratio {line['ratio']} memory_ratio {line['memory_ratio']} "
         f"largest difference of losses {line['losses']['largest_difference']}"
@@ -128,4 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (ValueError, RuntimeError) as mistake:
+        sys.exit(f"benchmarks.peers: error: {mistake}")

@@ -152,13 +152,16 @@ def compare(pairs: Sequence[Pair], *, warmup: int, dtype: str) -> dict[str, Any]
             name: round(sum(runs[0].computed_tokens) / sum(runs[0].useful_tokens), 3) for name, runs in sides.items()
         },
         "peak_gb": {name: round(statistics.median(peaks[name]) / 1e9, 3) for name in sides},
-        "start_gb": {name: round(statistics.median(r.start_bytes for r in runs) / 1e9, 3) for name, runs in sides.items()},
+        "start_gb": {
+            name: round(statistics.median(r.start_bytes for r in runs) / 1e9, 3) for name, runs in sides.items()
+        },
         "matmul_gflops": {
             kind: round(statistics.median(r.matmul_rates[kind] for runs in sides.values() for r in runs) / 1e9, 1)
             for kind in pairs[0].ptl.matmul_rates
         },
         "share_of_matmul": {
-            name: round(statistics.median(_share(run, warmup, dtype) for run in runs), 3) for name, runs in sides.items()
+            name: round(statistics.median(_share(run, warmup, dtype) for run in runs), 3)
+            for name, runs in sides.items()
         },
         "losses": _losses(pairs),
         "settings": {name: runs[0].settings for name, runs in sides.items()},
@@ -184,7 +187,11 @@ def _median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 def _step_seconds(runs: Sequence[Measured], warmup: int) -> dict[str, float]:
     seconds = [s for run in runs for s in run.seconds[warmup:]]
-    return {"median": round(statistics.median(seconds), 3), "min": round(min(seconds), 3), "max": round(max(seconds), 3)}
+    return {
+        "median": round(statistics.median(seconds), 3),
+        "min": round(min(seconds), 3),
+        "max": round(max(seconds), 3),
+    }
 
 
 def _losses(pairs: Sequence[Pair]) -> dict[str, Any]:

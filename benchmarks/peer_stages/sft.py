@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.peer_stages.breakdown import breakdown
 from benchmarks.peer_stages.compare import Measured
 from benchmarks.peer_stages.machine import StepClock, matmul_rate, peak_memory
 from benchmarks.peer_stages.rows import choose_rows, read_rows, write_rows
@@ -80,6 +81,8 @@ def make_spec(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "batch_rows": args.batch_rows,
         "steps": args.steps,
+        "warmup": args.warmup,
+        "profile": args.profile,
         "adapter": args.adapter,
         "lora_dtype": args.lora_dtype,
         "dtype": args.dtype,
@@ -118,9 +121,7 @@ def check_template(tokenizer: Any, template: str, conversations: list[list[dict[
 def _flops(shape: Any, useful: list[int], trained: list[int], pairs: list[int]) -> list[float]:
     from ptl.functional.flops import Work, training_flops
 
-    return [
-        training_flops(shape, Work(tokens=t, head_tokens=n, pairs=p)) for t, n, p in zip(useful, trained, pairs)
-    ]
+    return [training_flops(shape, Work(tokens=t, head_tokens=n, pairs=p)) for t, n, p in zip(useful, trained, pairs)]
 
 
 def _rates(device: str) -> dict[str, float]:
@@ -268,10 +269,15 @@ def run_ptl(spec: Mapping[str, Any]) -> Measured:
     device, accumulate = spec["device"], spec["batch_rows"] // spec["micro"]
     clock, counts = StepClock(device), _Counts(accumulate)
     start_bytes = peak_memory(device)
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) if spec["profile"] else None
 
     class Steps(L.Callback):
         def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             clock.start()
+
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if profiler is not None:
+                profiler.stop()
 
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
             lengths = torch.bincount(batch.document_ids[batch.document_ids >= 0])
@@ -283,6 +289,8 @@ def run_ptl(spec: Mapping[str, Any]) -> Measured:
             counts.losses.append(outputs["loss"])
             if (batch_idx + 1) % accumulate == 0:
                 clock.mark()
+                if profiler is not None and len(clock.seconds) == spec["warmup"]:
+                    profiler.start()
 
     adapter = LoRA(rank=16, alpha=32, dtype=spec["lora_dtype"]) if spec["adapter"] == "lora" else None
     policy = ModelSpec(name=spec["model"], dtype="bf16" if spec["dtype"] == "bf16" else "fp32", adapter=adapter)
@@ -330,4 +338,6 @@ def run_ptl(spec: Mapping[str, Any]) -> Measured:
         "micro_batch_size": spec["micro"],
         "accumulate_grad_batches": accumulate,
     }
+    if profiler is not None:
+        settings["profile"] = breakdown(profiler.events() or [], sum(clock.seconds[spec["warmup"] :]))
     return counts.measured(clock, objective.policy, start_bytes, settings)

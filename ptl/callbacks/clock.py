@@ -54,7 +54,8 @@ class CudaClock:
         return len(self._marks) - 1
 
     def read(self) -> list[float]:
-        self._marks[-1].synchronize()
+        if self._marks:
+            self._marks[-1].synchronize()
         seconds = [self._marks[0].elapsed_time(mark) / 1000 for mark in self._marks]
         del self._marks[:-1]
         return seconds

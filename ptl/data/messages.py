@@ -122,6 +122,15 @@ def checked_text(text: str, at: str) -> str:
     return text
 
 
+def _encodable(values: tuple[Any, ...], at: str) -> tuple[Any, ...]:
+    """JSON values, refused where a text inside them cannot be UTF-8."""
+    try:
+        json.dumps(values, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise BadRow("wrong_encoding", f"{at} has a character that is not UTF-8") from None
+    return values
+
+
 def optional_text(value: Any, at: str) -> str | None:
     """None, or checked text."""
     if value is None or isinstance(value, str):
@@ -153,7 +162,7 @@ def _calls(value: Any, at: str) -> tuple[Mapping[str, Any], ...]:
     calls = value if isinstance(value, list | tuple) else [value]
     if not calls:
         raise BadRow("bad_tool_call", f"{at} has no call")
-    return tuple(_call(call, f"{at}[{i}]") for i, call in enumerate(calls))
+    return _encodable(tuple(_call(call, f"{at}[{i}]") for i, call in enumerate(calls)), at)
 
 
 def _call(call: Any, at: str) -> Mapping[str, Any]:
@@ -194,7 +203,7 @@ def parse_tools(value: Any, at: str = "tools") -> tuple[Mapping[str, Any], ...]:
         if not isinstance(tool, Mapping) or not tool:
             raise BadRow("bad_tools", f"{at}[{i}] is {kind(tool)}; expected a JSON schema")
         tools.append({"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool)
-    return tuple(tools)
+    return _encodable(tuple(tools), at)
 
 
 def decoded(text: str, at: str, reason: str = "wrong_type") -> Any:

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import peers, record, report
 from benchmarks.peer_stages import machine, rows, sft
+from benchmarks.peer_stages.breakdown import breakdown
 from benchmarks.peer_stages.compare import Measured, Pair, compare, run_side
 from tests import tiny
 
@@ -99,7 +100,9 @@ def test_rows_are_chosen_by_rendered_length_in_an_order_of_the_seed(tokenizer):
 
 
 def test_too_few_rows_name_the_options(tokenizer):
-    with pytest.raises(ValueError, match=r"0 of 3 conversations have 500 to 600 tokens, 8 are needed.*--rows.*--tokens"):
+    with pytest.raises(
+        ValueError, match=r"0 of 3 conversations have 500 to 600 tokens, 8 are needed.*--rows.*--tokens"
+    ):
         rows.choose_rows([conversation("hi")] * 3, tokenizer, count=8, tokens=(500, 600), seed=0)
 
 
@@ -206,14 +209,13 @@ def test_a_bad_command_line_is_one_message(model_folder, source, more, reason, c
     assert reason in capsys.readouterr().err
 
 
-def test_the_recorded_line_names_what_was_compared(model_folder, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(sft, "PEER_PACKAGE", "torch")  # a package that is surely installed
+def test_the_recorded_line_names_what_was_compared(model_folder, source, tmp_path):
     args = arguments(model_folder, source, "--adapter", "lora", "--dtype", "bf16")
     pair = Pair(measured((3.0, 1.0, 1.0)), measured((3.0, 2.0, 2.0)))
-    result = peers.result(args, {"adapter": "lora", "rows_sha256": "ab"}, [pair])
+    result = peers.result(args, {"adapter": "lora", "rows_sha256": "ab"}, [pair], "trl 9 SFTTrainer")
     line = record.append("peers_sft", result, folder=tmp_path)
     assert (line["benchmark"], line["stage"], line["variant"]) == ("peers_sft", "sft", "lora-bf16")
-    assert line["peer"] == f"torch {torch.__version__} SFTTrainer"
+    assert line["peer"] == "trl 9 SFTTrainer"
     assert line["ratio"] == 2.0 and line["pairs"] == 1 and line["rows_sha256"] == "ab"
     assert record.read("peers_sft", tmp_path) == [line]
     assert "| lora-bf16 |" in report.table([line])
@@ -239,9 +241,7 @@ def test_a_recorded_command_can_be_typed_again_and_tells_no_machine_path(tmp_pat
     monkeypatch.chdir(tmp_path)
     inside = str(tmp_path / "data" / "rows.jsonl")
     words = [program, "--rows", inside, "/elsewhere/more.jsonl", "--model=/elsewhere/m", "--lr", "2e-5"]
-    assert record.command(words) == (
-        "python -m benchmarks.peers --rows data/rows.jsonl more.jsonl --model=m --lr 2e-5"
-    )
+    assert record.command(words) == ("python -m benchmarks.peers --rows data/rows.jsonl more.jsonl --model=m --lr 2e-5")
     package = str(Path(record.__file__).with_name("peer_stages") / "__main__.py")
     assert record.command([package]) == "python -m benchmarks.peer_stages"
 
@@ -254,6 +254,21 @@ def test_the_report_has_a_row_a_line_and_leaves_unknown_cells_empty():
 
 
 # ---- the machine ----
+
+
+def test_a_breakdown_gives_each_operation_to_the_outermost_scope_and_what_is_left_to_python():
+    class Event:
+        def __init__(self, name, seconds, parent=None):
+            self.name, self.self_cpu_time_total, self.cpu_parent = name, seconds * 1e6, parent
+
+    loss = Event("_FusedLinearCrossEntropy", 0.5)
+    step = Event("Optimizer.step#AdamW.step", 0.25)
+    events = [loss, step, Event("aten::mm", 2.0), Event("aten::mm", 1.0, loss), Event("aten::softmax", 0.5, loss)]
+    events += [Event("aten::mul", 0.25, step), Event("aten::silu", 0.5)]
+    found = breakdown(events, 10.0)
+    shares = {"products": 0.2, "loss": 0.1, "loss products": 0.1, "optimizer": 0.05, "rest": 0.05, "python": 0.5}
+    assert found["shares"] == shares
+    assert found["rest"] == {"aten::silu": 0.05}
 
 
 def test_the_clock_measures_each_step_and_refuses_to_stop_before_it_started():

@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ptl.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
-from ptl.callbacks.clock import HostClock, StepTimer, median_and_p90
+from ptl.callbacks.clock import CudaClock, HostClock, StepTimer, median_and_p90
+from ptl.callbacks.hardware import device_peak
 from ptl.callbacks.jsonl import read_metrics
 from ptl.callbacks.shape import model_shape, parameter_counts
 from ptl.callbacks.throughput import Throughput, count_tokens, excluded
@@ -283,3 +284,42 @@ def test_step_timer_cuts_out_nested_holds():
 def test_median_and_p90():
     assert median_and_p90([1.0]) == (1.0, 1.0)
     assert median_and_p90([float(n) for n in range(11)]) == (5.0, 9.0)
+
+
+# ---- on a GPU ----
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_the_cuda_clock_times_the_device_without_waiting_for_it():
+    device = torch.device("cuda", 0)
+    matrix = torch.randn(8192, 8192, device=device)
+    matrix @ matrix
+    torch.cuda.synchronize()
+    clock = CudaClock(device)
+    begin = time.perf_counter()
+    clock.mark()
+    for _ in range(20):
+        matrix @ matrix
+    clock.mark()
+    queued = time.perf_counter() - begin
+    seconds = clock.read()
+    assert seconds[1] == pytest.approx(time.perf_counter() - begin, rel=0.1)
+    assert queued < 0.5 * seconds[1]
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_throughput_on_a_gpu(tmp_path):
+    meter = Throughput(every_n_steps=2, warmup=1)
+    trainer(tmp_path, [meter], accelerator="gpu", val_check_interval=2).fit(
+        Toy(pause=0.02, val_pause=SLOW), loader(BATCHES), loader(BATCHES[:1])
+    )
+    summary = meter.summary()
+    assert summary["measured_steps"] == 5 and all(0.02 <= seconds < SLOW for seconds in durations(meter))
+    known = device_peak(torch.device("cuda", 0), "fp32")
+    assert (summary["mfu"] is None) == (known is None) and (known is None or 0 < summary["mfu"] < 1)
+    assert summary["peak_memory_gib"] == pytest.approx(torch.cuda.max_memory_reserved() / 2**30, rel=0.01)

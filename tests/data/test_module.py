@@ -68,7 +68,9 @@ def stream(loader) -> list[list]:
 # ---- every row once ----
 
 
-@pytest.mark.parametrize("settings", [{}, {"layout": "padded"}, {"pack_to": 128, "max_length": 128}, {"shuffle": False}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"layout": "padded"}, {"pack_to": 128, "max_length": 128}, {"shuffle": False}]
+)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_law_8_each_epoch_sees_each_row_once(chats, model_folder, documents, settings, workers):
     data = data_module(chats, model_folder, micro_batch_size=2, num_workers=workers, **settings)
@@ -125,7 +127,9 @@ def test_batches_hold_the_prepared_rows(prepared):
 def test_table_rows_of_nested_columns(prepared):
     import pyarrow as pa
 
-    table = pa.table({"ids": [[[1, 2], [3]], [[4]]], "flat": pa.array([[1], [2, 3]], pa.list_(pa.int32())), "n": [1, 2]})
+    table = pa.table(
+        {"ids": [[[1, 2], [3]], [[4]]], "flat": pa.array([[1], [2, 3]], pa.list_(pa.int32())), "n": [1, 2]}
+    )
     rows = table_rows(table.slice(1))
     assert rows[0]["ids"] == [[4]] and rows[0]["n"] == 2
     assert isinstance(rows[0]["flat"], np.ndarray) and rows[0]["flat"].tolist() == [2, 3]
@@ -195,7 +199,9 @@ def test_val_fraction_is_the_same_in_every_run_and_disjoint(chats, model_folder,
     for seed in (0, 1):
         data = data_module(chats, model_folder, val_fraction=0.3, seed=seed)
         data.setup("fit")
-        train, val = (list(itertools.chain(*stream(loader))) for loader in (data.train_dataloader(), data.val_dataloader()))
+        train, val = (
+            list(itertools.chain(*stream(loader))) for loader in (data.train_dataloader(), data.val_dataloader())
+        )
         assert sorted(train + val) == sorted(documents) and train and val
         halves.append(val)
     assert halves[0] == halves[1], "validation rows must not follow the seed, nor be shuffled"

@@ -30,7 +30,7 @@ def metaspace(prepend: str, template: str) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.Sequence([decoders.Metaspace(prepend_scheme=prepend), decoders.ByteFallback()])
     letters = sorted({letter for text in tiny.CORPUS for letter in text} | set("\n|<>é▁"))
     trainer = trainers.BpeTrainer(
-        vocab_size=300,
+        vocab_size=420,
         special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))],
         initial_alphabet=letters,
         show_progress=False,

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -67,7 +68,7 @@ def test_schedule_warms_up_and_ends_at_its_floor(kind):
     assert factors[0] == pytest.approx(0.1) and factors[9] == pytest.approx(1.0)
     assert max(factors) <= 1.0 and min(factors) > 0
     assert factors[100] == pytest.approx(1.0 if kind == "constant" else 0.1)
-    assert all(a >= b - 1e-12 for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(factors[10:]))
 
 
 def test_cosine_is_the_half_way_mean():

@@ -50,7 +50,7 @@ def reference(folder) -> np.ndarray:
     import torch
     from transformers import AutoModelForCausalLM
 
-    objective, data = law.build(str(folder))
+    _, data = law.build(str(folder))
     data.prepare()
     model = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager").double()
     batches = list(data.train_dataloader())
@@ -99,7 +99,7 @@ def test_law_1_the_update_of_an_adapter_is_the_same(name, results):
 @pytest.mark.timeout(600)
 def test_law_1_a_mean_of_means_would_be_another_update(folder, reference, start):
     """The rows are uneven enough that the usual mistake is seen: the control of the tests above."""
-    objective, data = law.build(str(folder))
+    _, data = law.build(str(folder))
     data.prepare()
     weights = [float(batch.loss_mask.sum()) for batch in data.train_dataloader()]
     assert max(weights) > 2 * min(weights)
