@@ -29,9 +29,7 @@ def explain(message: str) -> str:
         return f"unknown option {match.group(1).strip()} (see --help)"
     useful = [line for line in lines if _tells(line)]
     if useful:
-        return f"{'.'.join(keys)}: {useful[-1] if len(useful) == 1 else '; or '.join(dict.fromkeys(useful))}".lstrip(
-            ": "
-        )
+        return f"{'.'.join(keys)}: {'; or '.join(dict.fromkeys(useful))}".lstrip(": ")
     return " ".join(lines)
 
 

@@ -16,6 +16,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
 
 from ptl.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, latest_checkpoint
 from ptl.callbacks.export import Export
@@ -130,6 +132,9 @@ class PTLCLI(LightningCLI):
             self.config_init["fit"]["ckpt_path"] = str(self.resume_from)
         # Before any process group exists, so that ranks that wait cannot run into a collective's time-out.
         self.datamodule.prepare()
+        if rank_zero_only.rank == 0:
+            for audit in self.datamodule.audits.values():
+                Console().print(audit.table())
 
     def before_validate(self) -> None:
         self.datamodule.prepare()

@@ -25,7 +25,7 @@ PATIENCE = 120.0
 """Seconds without a sign of life after which a claim is taken over; above the attribute caches of NFS (60 s)."""
 BEAT = 5.0
 POLL = (0.1, 2.0)
-SAY_EVERY = 60.0
+SAY_AFTER, SAY_EVERY = 5.0, 60.0
 
 
 class PreparationFailed(ValueError):  # noqa: N818  (what the waiting process has to tell)
@@ -178,7 +178,7 @@ def _wait(target: Path, patience: float, say: Callable[[str], None]) -> None:
     """Returns when the claim is free or ``target`` is there."""
     seen, owner = b"", {}
     changed = began = time.monotonic()
-    told, pause = began - SAY_EVERY + 5, POLL[0]
+    say_at, pause = began + SAY_AFTER, POLL[0]
     while not target.exists():
         claim = read_claim(target)
         if claim is None:
@@ -195,9 +195,9 @@ def _wait(target: Path, patience: float, say: Callable[[str], None]) -> None:
             say(f"taking over the preparation of the data: {_name(owner)} gives no sign of life")
             _take_away(target, owner)
             return
-        if time_now - told > SAY_EVERY:
+        if time_now >= say_at:
             say(f"waiting for {_name(owner)} to prepare the data ({owner.get('progress') or 'starting'})")
-            told = time_now
+            say_at = time_now + SAY_EVERY
         time.sleep(pause)
         pause = min(POLL[1], pause * 1.5)
 

@@ -95,7 +95,7 @@ class ChatDataModule(L.LightningDataModule):
         self.trust_remote_code = trust_remote_code
         self.view: View = ChatView()
         self._parts: dict[str, Part] = {}
-        self._loaders: list[Loader] = []
+        self._loaders: dict[str, Loader] = {}
         self._cursor = Cursor()
         self._check()
 
@@ -182,8 +182,9 @@ class ChatDataModule(L.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Ends the loaders' worker processes."""
-        while self._loaders:
-            self._loaders.pop().close()
+        for loader in self._loaders.values():
+            loader.close()
+        self._loaders = {}
 
     def on_exception(self, exception: BaseException) -> None:
         self.teardown("exception")
@@ -276,7 +277,7 @@ class ChatDataModule(L.LightningDataModule):
             state=self.state_dict,
             load_state=self.load_state_dict,
         )
-        self._loaders.append(loader)
+        self._keep("train", loader)
         return loader
 
     def val_dataloader(self) -> Loader | list[Loader]:
@@ -298,12 +299,18 @@ class ChatDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=self._pin_memory,
         )
-        self._loaders.append(loader)
+        self._keep("val", loader)
         return loader
 
     def test_dataloader(self) -> Loader | list[Loader]:
         """The validation rows: there is no third part."""
         return self.val_dataloader()
+
+    def _keep(self, part: str, loader: Loader) -> None:
+        """Takes the place of the part's former loader, whose worker processes end."""
+        if part in self._loaders:
+            self._loaders[part].close()
+        self._loaders[part] = loader
 
     def _dataset(self, part: str) -> RowDataset:
         pad_id = self.renderer.tokenizer.pad_token_id

@@ -48,6 +48,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError) as error:
         cause = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in str(error):
+            cause = "it is made of Python code of its author; set trust_remote_code: true to run that"
         raise ValueError(
             f"tokenizer: cannot load {str(name)!r}; expected a folder that holds tokenizer.json and "
             f"tokenizer_config.json, a .gguf file, or a hub name that is cached or can be reached ({cause})"

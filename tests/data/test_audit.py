@@ -1,6 +1,7 @@
 """The audit: its equation, its quantiles, its thresholds, its forms."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,17 +12,17 @@ from ptl.data.duplicates import DIGEST, Seen
 
 
 def source(**changes):
-    base = dict(
+    base = SourceAudit(
         name="chats", path="chats.jsonl", format="messages", rows=100, kept=90, documents=95, tokens=9000,
         trained_tokens=4000, truncated=10, truncated_rows=8, lost_end=3, bos=[0, 94, 1], duplicates=4,
         refused={"broken_json": Reason(2, ["chats.jsonl:3: broken_json: x", "chats.jsonl:9: broken_json: y"])},
         dropped={"too_long": Reason(5, ["chats.jsonl:4: too_long: 9"]), "fully_masked": Reason(3, [])},
         lengths={"mean": 94.7, "p5": 10, "p50": 90, "p95": 200, "max": 300},
     )  # fmt: skip
-    return SourceAudit(**{**base, **changes})
+    return replace(base, **changes)
 
 
-OPEN = dict(max_bad_fraction=1.0, max_fully_masked=1.0, max_truncated=1.0, min_trained_tokens=0)
+OPEN = Thresholds(max_bad_fraction=1.0, max_fully_masked=1.0, max_truncated=1.0, min_trained_tokens=0)
 
 
 @pytest.mark.parametrize(
@@ -34,9 +35,9 @@ OPEN = dict(max_bad_fraction=1.0, max_fully_masked=1.0, max_truncated=1.0, min_t
     ],
 )
 def test_a_threshold_stops_the_run_and_names_its_key(limit, passes, fails, told):
-    Audit([source()]).check(Thresholds(**{**OPEN, limit: passes}))
+    Audit([source()]).check(replace(OPEN, **{limit: passes}))
     with pytest.raises(AuditError) as caught:
-        Audit([source(rows=100, refused={}, name="fine"), source()]).check(Thresholds(**{**OPEN, limit: fails}))
+        Audit([source(rows=100, refused={}, name="fine"), source()]).check(replace(OPEN, **{limit: fails}))
     assert all(text in str(caught.value) for text in told)
 
 
@@ -56,7 +57,7 @@ def test_a_small_bad_source_does_not_hide_in_a_large_good_one():
 
 def test_a_source_without_rows_is_refused():
     with pytest.raises(AuditError, match="no rows"):
-        source(rows=0).check(Thresholds(**OPEN))
+        source(rows=0).check(OPEN)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])

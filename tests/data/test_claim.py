@@ -138,21 +138,19 @@ def test_an_owner_that_still_beats_is_waited_for(tmp_path, monkeypatch):
         monkeypatch.setattr(claims, "POLL", (0.05, 0.05))
         stop = time.monotonic() + 2.0
 
-        class Done(Exception):
-            pass
-
         def say(text):
             if time.monotonic() > stop:
-                raise Done
+                raise InterruptedError(text)
 
+        monkeypatch.setattr(claims, "SAY_AFTER", 0.0)
         monkeypatch.setattr(claims, "SAY_EVERY", 0.0)
-        with pytest.raises(Done):
+        with pytest.raises(InterruptedError, match="waiting for"):
             made_once(target, fill, patience=0.8, say=say)
         assert time.monotonic() - began >= 2.0 and not target.exists()
 
 
 def test_those_who_wait_hear_of_the_progress(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "SAY_EVERY", 0.0)
+    monkeypatch.setattr(claims, "SAY_AFTER", 0.0)
     target = tmp_path / "key"
     facts = {"host": "elsewhere", "pid": 12, "token": "t", "beat": 9, "progress": "1,000 rows"}
     claim_file(target).write_text(json.dumps(facts))

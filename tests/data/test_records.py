@@ -221,7 +221,7 @@ REFUSED = [
     ("bad_weight", "messages", {"messages": [USER, {**ANSWER, "weight": -1}]}),
     ("bad_weight", "messages", {"messages": [USER, {**ANSWER, "train": float("nan")}]}),
     ("wrong_encoding", "messages", {"messages": [USER, {"role": "assistant", "content": "a\ud800"}]}),
-    ("wrong_encoding", "messages", {"messages": [{**ANSWER, "tool_calls": [{"name": "f", "arguments": '{"a": "\\ud800"}'}]}]}),
+    ("wrong_encoding", "messages", {"messages": [{**ANSWER, "tool_calls": [CALL | {"arguments": '{"": "\\ud800"}'}]}]}),
     ("wrong_encoding", "messages", {"messages": [USER, ANSWER], "tools": [{"name": "f", "description": "\ud800"}]}),
     ("bad_ranking", "ranking", {"prompt": "q", "completions": ["a", "b"], "ranks": [1]}),
     ("bad_ranking", "ranking", {"prompt": "q", "completions": ["a"], "ranks": [1]}),

@@ -180,6 +180,25 @@ def test_trap_scale_7_refuses_what_it_cannot_mend(tmp_path, make):
         )
 
 
+def test_loaders_that_are_made_anew_each_epoch(tmp_path, make):
+    whole, _ = run(tmp_path, make(), max_epochs=3)
+    path = tmp_path / "stop.ckpt"
+    common = {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}
+    first, _ = run(tmp_path, make(num_workers=1), callbacks=[SaveAndStop(14, path)], **common)
+    second, _ = run(tmp_path, make(num_workers=1), resume=path, **common)
+    assert first.steps + second.steps == whole.steps
+
+
+def test_law_6_with_validation_by_steps(tmp_path, make):
+    """Validation every few batches whatever the epoch."""
+    common = {"max_steps": 20, "val_check_interval": 4, "check_val_every_n_epoch": None}
+    whole, _ = run(tmp_path, make(val_fraction=0.2), **common)
+    killed = Recorder(crash_at=10)
+    first, _ = run(tmp_path, make(val_fraction=0.2), killed, callbacks=[every_step(tmp_path, 8)], **common)
+    second, _ = run(tmp_path, make(val_fraction=0.2), resume=tmp_path / "step=8.ckpt", **common)
+    assert first.steps[:8] + second.steps == whole.steps
+
+
 def test_limit_train_batches_ends_the_epoch(tmp_path, make):
     common = {"max_epochs": 3, "limit_train_batches": 4}
     whole, _ = run(tmp_path, make(), **common)

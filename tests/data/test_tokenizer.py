@@ -60,10 +60,8 @@ def test_remote_code_is_not_run_unless_asked(tmp_path):
     (folder / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [null, "evil.Evil"]}}', encoding="utf-8"
     )
-    try:
+    with pytest.raises(ValueError, match="set trust_remote_code: true to run that"):
         load_tokenizer(folder)
-    except ValueError as error:
-        assert "cannot load" in str(error)
     assert not marker.exists()
 
 
