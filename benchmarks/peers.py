@@ -84,14 +84,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def show(side: str, run: Measured, warmup: int) -> None:
-    seconds = run.seconds[warmup:]
-    rate = sum(run.useful_tokens[warmup:]) / sum(seconds)
-    print(
-        f"{side:<5} {sum(seconds) / len(seconds):8.3f} s/step ({sum(run.cpu_seconds[warmup:]) / len(seconds):.1f} CPU s) {rate:8.1f} useful tokens/s "
-        f"{run.peak_bytes / 1e9:6.2f} GB ({run.start_bytes / 1e9:.2f} at the start)  matmul {run.matmul_rates['fp32'] / 1e9:.0f} fp32, "
-        f"{run.matmul_rates['bf16'] / 1e9:.0f} bf16 GFLOP/s  losses {[round(loss, 5) for loss in run.losses[:5]]}",
-        flush=True,
+    seconds, cpu_seconds = run.seconds[warmup:], run.cpu_seconds[warmup:]
+    words = (
+        f"{side:<5} {sum(seconds) / len(seconds):8.3f} s/step",
+        f"({sum(cpu_seconds) / len(seconds):.1f} CPU s)",
+        f"{sum(run.useful_tokens[warmup:]) / sum(seconds):8.1f} useful tokens/s",
+        f"{run.peak_bytes / 1e9:6.2f} GB ({run.start_bytes / 1e9:.2f} at the start)",
+        "matmul " + ", ".join(f"{kind} {rate / 1e9:.0f}" for kind, rate in run.matmul_rates.items()) + " GFLOP/s",
+        f"losses {[round(loss, 5) for loss in run.losses[:5]]}",
     )
+    print(" ".join(words), flush=True)
 
 
 def peer_name(stage: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -44,8 +45,6 @@ def device_name(kind: str = "cpu") -> str:
 
 def core_count() -> int:
     """Cores that this process may run on."""
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -6,13 +6,15 @@ from collections.abc import Iterable
 from typing import Any
 
 SCOPES = (
-    ("Optimizer.step", "optimizer"),
     ("_FusedLinearCrossEntropy", "loss"),
-    ("DataLoader", "data"),
     ("scaled_dot_product", "attention"),
     ("flash_attention", "attention"),
+    ("_fused_adam", "optimizer"),
+    ("_foreach_", "optimizer"),
+    ("DataLoader", "data"),
 )
-"""Names of operations, whole or in part, that claim all that runs inside them; the outermost decides."""
+"""Parts of names of operations that claim all that runs inside them; the outermost decides. ``Optimizer.step`` is none
+of them: the trainer runs the last forward and backward pass of a step inside it."""
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear", "mkldnn")
 
 

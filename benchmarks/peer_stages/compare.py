@@ -7,7 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,39 +130,32 @@ def compare(pairs: Sequence[Pair], *, warmup: int, dtype: str) -> dict[str, Any]
     for pair in pairs:
         check_same_work(pair)
     sides = {"ptl": [pair.ptl for pair in pairs], "peer": [pair.peer for pair in pairs]}
-    rates = {name: [_rate(run.useful_tokens, run.seconds, warmup) for run in runs] for name, runs in sides.items()}
-    peaks = {name: [run.peak_bytes for run in runs] for name, runs in sides.items()}
+
+    def median(of: Callable[[Measured], float], digits: int) -> dict[str, float]:
+        return {name: round(statistics.median(of(run) for run in runs), digits) for name, runs in sides.items()}
+
+    def median_ratio(of: Callable[[Measured], float]) -> float:
+        return round(statistics.median(of(pair.ptl) / of(pair.peer) for pair in pairs), 3)
+
+    every = [run for runs in sides.values() for run in runs]
     return {
-        "ratio": round(_median_ratio(rates["ptl"], rates["peer"]), 3),
-        "memory_ratio": round(_median_ratio(peaks["ptl"], peaks["peer"]), 3),
+        "ratio": median_ratio(lambda run: _rate(run.useful_tokens, run.seconds, warmup)),
+        "memory_ratio": median_ratio(lambda run: run.peak_bytes),
         "pairs": len(pairs),
         "steps": len(pairs[0].ptl.seconds),
         "warmup": warmup,
         "step_seconds": {name: _step_seconds(runs, warmup) for name, runs in sides.items()},
-        "cpu_seconds_per_step": {
-            name: round(statistics.median(_mean(run.cpu_seconds[warmup:]) for run in runs), 3)
-            for name, runs in sides.items()
-        },
-        "useful_tokens_per_second": {name: round(statistics.median(rates[name]), 1) for name in sides},
-        "trained_tokens_per_second": {
-            name: round(statistics.median(_rate(run.trained_tokens, run.seconds, warmup) for run in runs), 1)
-            for name, runs in sides.items()
-        },
-        "computed_over_useful": {
-            name: round(sum(runs[0].computed_tokens) / sum(runs[0].useful_tokens), 3) for name, runs in sides.items()
-        },
-        "peak_gb": {name: round(statistics.median(peaks[name]) / 1e9, 3) for name in sides},
-        "start_gb": {
-            name: round(statistics.median(r.start_bytes for r in runs) / 1e9, 3) for name, runs in sides.items()
-        },
+        "cpu_seconds_per_step": median(lambda run: _mean(run.cpu_seconds[warmup:]), 3),
+        "useful_tokens_per_second": median(lambda run: _rate(run.useful_tokens, run.seconds, warmup), 1),
+        "trained_tokens_per_second": median(lambda run: _rate(run.trained_tokens, run.seconds, warmup), 1),
+        "computed_over_useful": median(lambda run: sum(run.computed_tokens) / sum(run.useful_tokens), 3),
+        "peak_gb": median(lambda run: run.peak_bytes / 1e9, 3),
+        "start_gb": median(lambda run: run.start_bytes / 1e9, 3),
         "matmul_gflops": {
-            kind: round(statistics.median(r.matmul_rates[kind] for runs in sides.values() for r in runs) / 1e9, 1)
-            for kind in pairs[0].ptl.matmul_rates
+            kind: round(statistics.median(run.matmul_rates[kind] for run in every) / 1e9, 1)
+            for kind in every[0].matmul_rates
         },
-        "share_of_matmul": {
-            name: round(statistics.median(_share(run, warmup, dtype) for run in runs), 3)
-            for name, runs in sides.items()
-        },
+        "share_of_matmul": median(lambda run: _share(run, warmup, dtype), 3),
         "losses": _losses(pairs),
         "settings": {name: runs[0].settings for name, runs in sides.items()},
     }
@@ -179,10 +172,6 @@ def _rate(counts: Sequence[float], seconds: Sequence[float], warmup: int) -> flo
 def _share(run: Measured, warmup: int, dtype: str) -> float:
     """What the step needs, done at the rate of a plain matrix product, over what it took."""
     return _rate(run.flops, run.seconds, warmup) / run.matmul_rates[dtype]
-
-
-def _median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    return statistics.median(our / their for our, their in zip(ours, theirs))
 
 
 def _step_seconds(runs: Sequence[Measured], warmup: int) -> dict[str, float]:

@@ -62,8 +62,8 @@ class Documents:
 
     def _by_shape(self, chat: Chat, tools: Tools, weights: Sequence[float]) -> list[Document] | None:
         """The documents by a remembered shape; None where the shape does not prove them."""
-        if tools or any(m["role"] != "assistant" and weight for m, weight in zip(chat, weights)):
-            return None
+        if tools or any("tool_calls" in m or (weight and m["role"] != "assistant") for m, weight in zip(chat, weights)):
+            return None  # hardly two of these have one form
         key, words = form_of(chat)
         if any(literal in word.text for literal in self._sought for word in words):
             return None

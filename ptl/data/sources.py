@@ -136,7 +136,7 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, 
 
 def format_of(row: Mapping[str, Any]) -> str | None:
     """The format one row looks like, or None. The most specific keys win."""
-    keys = {key for key, value in row.items() if value is not None and value != ""}
+    keys = {key for key, value in row.items() if value is not None}
     if {"chosen", "rejected"} <= keys or ("completions" in keys and keys & {"ranks", "scores"}):
         return "ranking"
     if "conversations" in keys or "conversation" in keys:
@@ -163,14 +163,16 @@ def _first_message_keys(messages: object) -> set[str]:
 
 
 def detect_format(source: Source, rows: Iterable[Mapping[str, Any]]) -> str:
-    """The format of a source: the one it names, else what its first rows look like.
+    """The format of a source: the one it names, else what most of its first rows look like.
+
+    The others are then read as that format and refused one by one, each with its reason.
 
     Args:
         source: the source; its ``columns`` are applied first.
         rows: its first readable rows.
 
     Raises:
-        ValueError: no row looks like a known format, or the rows look like several.
+        ValueError: no row looks like a known format, or none of several is that of most rows.
     """
     if source.format != "auto":
         return source.format
@@ -181,8 +183,8 @@ def detect_format(source: Source, rows: Iterable[Mapping[str, Any]]) -> str:
         keys = keys or sorted(map(str, row))
         if name is not None:
             seen[name] = seen.get(name, 0) + 1
-    if len(seen) == 1:
-        return next(iter(seen))
+    if seen and 2 * max(seen.values()) > sum(seen.values()):
+        return max(seen, key=lambda name: seen[name])
     hint = f"set `format` of the source to one of {list(FORMATS)}"
     if seen:
         raise ValueError(f"source {source.path}: its first rows look like several formats {seen}; {hint}")

@@ -9,8 +9,9 @@ import pytest
 from ptl.data.chat_template import ChatTemplate
 from ptl.data.documents import Documents, sought_literals
 from ptl.data.layout import form_of, learn_layout, masked, place, split_text
+from ptl.data.tokenizer import resolve_template
 from tests import tiny
-from tests.data.chat_cases import FOLDER, chat, published
+from tests.data.chat_cases import CALL, FOLDER, chat, published, say
 
 
 def template_of(source: str, tokenizer) -> ChatTemplate:
@@ -75,6 +76,14 @@ def test_a_remembered_shape_gives_what_turn_by_turn_gives(name):
         assert quick is None or quick == slow
         assert documents.plan(talk, (), weights) == slow
     assert shaped >= 10
+
+
+def test_tool_calls_fill_no_memory(tokenizer):
+    template = template_of(resolve_template("chatml") or "", tokenizer)
+    documents = Documents(template, "inference")
+    messages = (say("user", "weather?"), say("assistant", tool_calls=(CALL,)))
+    (document,) = documents.plan(template.chat(messages), (), [0.0, 1.0])
+    assert document.text[slice(*document.spans[0][:2])].startswith("<tool_call>") and not documents._shapes
 
 
 def test_words_that_a_template_looks_for_are_planned_turn_by_turn():

@@ -1,4 +1,4 @@
-"""Preparation: every row trained or counted, the same result from any number of processes, a cache that can be trusted."""
+"""Preparation: each row trained or counted, one result from any number of processes, a cache that can be trusted."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ from ptl.data.sources import Source
 from ptl.data.views import ChatView
 from tests import tiny
 
-WORDS = "hello world the quick brown fox jumps over the lazy dog What is 2+2? The answer is 4. Où est Shanghai".split()
+WORDS = ["hello", "world", "the", "quick", "brown", "fox", "lazy", "dog", "What is 2+2?", "4", "Où est", "Shanghai"]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ BROKEN = {  # file name, content, reason; every file has two good rows beside th
     "bad weight": ("a.jsonl", b'{"messages": [{"role": "assistant", "content": "x", "train": "no"}]}\n', "bad_weight"),
     "bad call": ("a.jsonl", b'{"messages": [{"role": "assistant", "tool_calls": [{}]}]}\n', "bad_tool_call"),
     "bad tools": ("a.jsonl", json.dumps({**GOOD, "tools": "{"}).encode() + b"\n", "bad_tools"),
-    "tools the template ignores": ("a.jsonl", json.dumps({**GOOD, "tools": [{"name": "f"}]}).encode() + b"\n", "tools_unsupported"),
+    "ignored tools": ("a.jsonl", json.dumps({**GOOD, "tools": [{"name": "f"}]}).encode() + b"\n", "tools_unsupported"),
     "a short CSV row": ("a.csv", b"only one cell\n", "wrong_columns"),
     "a CSV quote": ("a.csv", b'"a"b,c\n', "broken_csv"),
     "a blank CSV cell": ("a.csv", b"question,\n", "empty_content"),
@@ -155,12 +155,12 @@ def test_law_8_everything_at_once_adds_up(tmp_path, renderer):
     """Bad lines, long rows, repeated rows, masked rows, blank lines and a limit, in three kinds of files."""
     long, masked = turns("fox " * 300, "dog"), turns("a", "b")
     masked["messages"][1]["train"] = 0
-    rows = chats(40) + [long, GOOD, GOOD, masked, {"messages": []}, {"x": 1}]
+    rows = [*chats(40), long, GOOD, GOOD, masked, {"messages": []}, {"x": 1}]
     lines = [json.dumps(row) for row in rows] + ["", "{", "  "] + [json.dumps(row) for row in chats(20, 9)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write("\n".join(lines))
-    pq.write_table(pa.Table.from_pylist(chats(30, 1) + [GOOD]), tmp_path / "c.parquet")
+    pq.write_table(pa.Table.from_pylist([*chats(30, 1), GOOD]), tmp_path / "c.parquet")
     sources = [
         Source(path=str(tmp_path / "a.jsonl"), name="a"),
         Source(path=str(tmp_path / "b.jsonl.gz"), name="b", limit=50),
@@ -186,9 +186,9 @@ def test_law_8_everything_at_once_adds_up(tmp_path, renderer):
 def test_trap_sft_8_truncation_is_counted_for_every_source(tmp_path, renderer, tokenizer, truncation):
     """Around max_length: one token less, exactly it, one more; a long prompt, a long answer, a long history."""
     whole = len(renderer.render(_conversation(GOOD))[0].ids)
-    longer = turns("hello", "world fox")
+    longer = turns("hello", "world hello hello")
     over = len(renderer.render(_conversation(longer))[0].ids)
-    assert over > whole
+    assert over > whole + 1
     rows = [
         GOOD,
         longer,
@@ -254,14 +254,15 @@ def test_a_bos_at_the_start_is_counted(tmp_path):
 # ---- the result ----
 
 
-def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path, renderer):
+def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path, renderer, monkeypatch):
     """More blocks than are done before processes start, from a plain, a compressed and a table file."""
-    rows = chats(11_000, words=(1, 4), most_turns=1)
-    rows[7_000]["messages"][0]["role"] = "narrator"
+    monkeypatch.setattr("ptl.data.readers.ROWS", 50)
+    rows = chats(1000)
+    rows[700]["messages"][0]["role"] = "narrator"
     jsonl(tmp_path / "a.jsonl", rows)
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
-        file.write((tmp_path / "a.jsonl").read_text()[:200_000].rsplit("\n", 1)[0])
-    pq.write_table(pa.Table.from_pylist(rows[:600]), tmp_path / "c.parquet")
+        file.write((tmp_path / "a.jsonl").read_text()[:50_000].rsplit("\n", 1)[0])
+    pq.write_table(pa.Table.from_pylist(rows[:120]), tmp_path / "c.parquet")
     sources = [tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz", tmp_path / "c.parquet"]
     results = [
         run(sources, renderer, tmp_path / f"cache{n}", num_proc=n, max_bad_fraction=0.01, deduplicate=True)
@@ -279,6 +280,7 @@ def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path, rendere
 def test_rows_are_memory_mapped_and_in_shards(tmp_path, renderer, monkeypatch):
     monkeypatch.setattr("ptl.data.store.SHARD", 20_000)
     monkeypatch.setattr("ptl.data.store.BATCH", 64)
+    monkeypatch.setattr("ptl.data.readers.ROWS", 64)
     path = jsonl(tmp_path / "a.jsonl", chats(500))
     prepared = balanced(run([path], renderer, tmp_path / "cache"))
     files = [entry["filename"] for entry in prepared.rows.cache_files]
@@ -408,7 +410,7 @@ def test_a_damaged_cache_is_one_clear_error(tmp_path, renderer, damage):
         os.truncate(folder / "lengths.npy", 150)
     else:
         (folder / {"gone": "rows-00000.arrow", "manifest": "manifest.json"}[damage]).unlink()
-    with pytest.raises(ValueError, match="damaged.*delete the folder") as caught:
+    with pytest.raises(ValueError, match=r"damaged.*delete the folder") as caught:
         run([path], renderer, tmp_path / "cache")
     assert str(folder) in str(caught.value)
 
@@ -426,7 +428,8 @@ prepare([Source(path=sys.argv[1])], view=ChatView(), renderer=Renderer(tiny.make
 
 
 def test_law_6_a_killed_preparation_leaves_no_cache_and_is_made_anew(tmp_path, renderer):
-    path, cache = jsonl(tmp_path / "a.jsonl", chats(200_000, words=(1, 2), most_turns=1)), tmp_path / "cache"
+    rows = chats(40_000, words=(1, 2), most_turns=1)
+    path, cache = jsonl(tmp_path / "a.jsonl", rows), tmp_path / "cache"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(path), str(cache)])
     end = time.monotonic() + 60
     while not any(part.stat().st_size > 0 for part in cache.glob("*.tmp-*/rows-*.arrow")):
@@ -437,9 +440,10 @@ def test_law_6_a_killed_preparation_leaves_no_cache_and_is_made_anew(tmp_path, r
     assert [entry.suffix for entry in cache.iterdir() if ".tmp-" not in entry.name] == [".lock"]
     jsonl(path, chats(20))
     run([path], renderer, cache)  # other data, another key: nothing in the way
-    jsonl(path, chats(200_000, words=(1, 2), most_turns=1)[:1000])
-    prepared = balanced(run([path], renderer, cache))
-    assert prepared.audit.sources[0].rows == 1000
+    jsonl(path, rows)
+    prepared = run([path], renderer, cache)
+    assert prepared.audit.sources[0].rows == len(prepared.rows) == 40_000
+    assert sorted(entry.suffix for entry in cache.iterdir()) == ["", ""]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,12 @@ def test_every_format_has_fields_and_a_record():
     assert set(FORMATS) == set(FIELDS) == set(RECORD_OF) == set(ROWS)
 
 
+def test_a_few_odd_rows_do_not_decide_the_format():
+    """A row whose completion is null looks like a prompt; it is to be refused, not to confuse."""
+    rows = [{"prompt": "q", "completion": "a"}] * 2 + [{"prompt": "q", "completion": None}]
+    assert detect_format(Source(path="x"), rows) == "prompt_completion"
+
+
 def test_a_named_format_is_not_doubted():
     assert detect_format(Source(path="x", format="text"), ROWS["alpaca"]) == "text"
 
