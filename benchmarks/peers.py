@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import pkgutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,17 +17,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import record
-from benchmarks.peer_stages.compare import Measured, Pair, check_same_work, compare, run_side
+from benchmarks import peer_stages, record
+from benchmarks.peer_tools.compare import Measured, Pair, check_same_work, compare, run_side
 
-HELPERS = ("breakdown", "compare", "machine", "rows")
-STAGES = tuple(
-    sorted(
-        path.stem
-        for path in Path(__file__).with_name("peer_stages").glob("*.py")
-        if not path.stem.startswith("_") and path.stem not in HELPERS
-    )
-)
+STAGES = tuple(sorted(module.name for module in pkgutil.iter_modules(peer_stages.__path__)))
 
 
 def stage_module(name: str) -> ModuleType:

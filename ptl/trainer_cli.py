@@ -21,7 +21,7 @@ from rich.console import Console
 
 from ptl.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, latest_checkpoint
 from ptl.callbacks.export import Export
-from ptl.callbacks.health import Health
+from ptl.callbacks.health import DivergedError, Health
 from ptl.callbacks.jsonl import JsonlLogger
 from ptl.callbacks.record import RunRecord
 from ptl.callbacks.redact import redact
@@ -197,7 +197,7 @@ def run(argv: Sequence[str]) -> int:
             PTLCLI()
         except SystemExit as stop:
             return int(stop.code or 0)
-        except (ValueError, OSError, MisconfigurationException) as mistake:
+        except (ValueError, OSError, MisconfigurationException, DivergedError) as mistake:
             if os.environ.get(_TRACEBACK):
                 traceback.print_exc()
             print(f"ptl: error: {redact(str(mistake))}", file=sys.stderr)

@@ -1,9 +1,8 @@
-"""One file a stage of training: how ``ptl`` and its peer are run on the same rows, for ``python -m benchmarks.peers``.
+"""One module or package a stage of training: how ``ptl`` and its peer are run on the same rows.
 
-A stage's module has
+``python -m benchmarks.peers --stage NAME`` finds a stage by its name here and calls
 
-- ``PEER``: the other side's name, without its version, and the package that has it;
-- ``PEER_PACKAGE``: the package whose version is recorded;
+- ``PEER``: the other side's name, without its version, and ``PEER_PACKAGE``, the package that has it;
 - ``add_arguments(parser)``: the options of the stage;
 - ``make_spec(arguments, folder)``: what both sides are told, as a JSON object; rows and other inputs are written to
   ``folder``;

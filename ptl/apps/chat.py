@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ptl.types import Message
 
@@ -39,7 +39,8 @@ def stream_reply(
         seed: of the sampling; None draws another each time.
 
     Raises:
-        ValueError: a field out of its range, or messages that the template refuses.
+        ValueError: a field out of its range, messages that the template refuses, or a dialogue that fills the model's
+            context.
     """
     import torch
 
@@ -52,10 +53,16 @@ def stream_reply(
     device = next(model.parameters()).device
     generator = torch.Generator(device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    inputs, cache = torch.tensor([renderer.prompt(messages)], device=device), None
-    ends, ids, shown = set(renderer.terminators), [], ""
+    prompt = renderer.prompt(messages)
+    room = _context(model) - len(prompt)
+    if room < 1:
+        raise ValueError(
+            f"the dialogue has {len(prompt)} tokens and the model reads {_context(model)}: start a new one"
+        )
+    inputs, cache = torch.tensor([prompt], device=device), None
+    ends, ids, shown = _ends(model, renderer), [], ""
     with torch.inference_mode():
-        for _ in range(max_new_tokens):
+        for _ in range(min(max_new_tokens, room)):
             out = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             token = choose(out.logits[0, -1].float(), temperature, top_p, generator)
@@ -71,6 +78,17 @@ def stream_reply(
     text = str(renderer.tokenizer.decode(ids, skip_special_tokens=True))
     if len(text) > len(shown):
         yield text[len(shown) :]
+
+
+def _context(model: Any) -> int:
+    """Positions that the model was made for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def _ends(model: Any, renderer: Renderer) -> set[int]:
+    """Tokens that end an answer: the template's, and those that the model itself stops at."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return {*renderer.terminators, *([] if own is None else [own] if isinstance(own, int) else own)}
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: object) -> int:
@@ -119,7 +137,7 @@ def _chat(options: argparse.Namespace) -> int:
     from ptl.data.tokenizer import load_tokenizer
 
     found = resolve_model(options.model)
-    model = load_model(found, dtype=options.dtype)
+    model = load_model(found, dtype=options.dtype, device="auto")
     renderer = Renderer(load_tokenizer(found.name, template=options.template))
     first = [Message(role="system", content=options.system)] if options.system else []
     sampling = {
@@ -143,6 +161,13 @@ def _chat(options: argparse.Namespace) -> int:
                 said += piece
         except KeyboardInterrupt:
             pass  # stops the answer, not the program
+        except ValueError as mistake:
+            if options.message or not sys.stdin.isatty():
+                raise
+            # A person at a terminal keeps the loaded model and may say /reset.
+            print(f"ptl chat: error: {mistake}", file=sys.stderr)
+            messages.pop()
+            continue
         print(flush=True)
         messages.append(Message(role="assistant", content=said))
     return 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from ptl.models.spec import ModelSpec
 
 _PLAIN, _ADAPTER = "config.json", "adapter_config.json"
 
@@ -30,12 +32,17 @@ def resolve_model(name: str, *, adapter: bool = False) -> Found:
     """What a name stands for.
 
     Arguments:
-        name: a run folder (its ``export``), an exported or other model folder, an adapter folder, or a hub name.
+        name: a run folder (its ``export``), an exported or other model folder, an adapter folder, a GGUF file as
+            ``ModelSpec.name`` takes it, or a hub name.
         adapter: of a run folder, take its adapter where it has one.
 
     Raises:
         ValueError: a folder that holds no model, or a path that is not there.
     """
+    from ptl.models.gguf import is_gguf, plain_folder
+
+    if is_gguf(name):
+        return Found(str(plain_folder(name)), False)
     path = Path(name).expanduser()
     if path.is_dir():
         order = ("export_adapter", "export") if adapter else ("export", "export_adapter")
@@ -53,39 +60,59 @@ def resolve_model(name: str, *, adapter: bool = False) -> Found:
     return Found(name, False)
 
 
-def load_model(found: Found, *, dtype: str = "auto", quantized: bool = True) -> nn.Module:
+def base_spec(found: Found, *, dtype: str = "auto", quantized: bool = True) -> ModelSpec:
+    """What the plain model is loaded from: itself, or the base of an adapter as it was in training.
+
+    Arguments:
+        found: a model or an adapter.
+        dtype: ``bf16``, ``fp32``, ``fp16`` or ``auto``, the one of training or of the checkpoint.
+        quantized: keep an adapter's base in the codes it was trained on.
+
+    Raises:
+        ValueError: an adapter that names no base.
+    """
+    from ptl.models.adapters import read_adapter_base
+    from ptl.models.export import BASE_FILE
+    from ptl.models.spec import LoRA, ModelSpec
+
+    if not found.adapter:
+        return ModelSpec(name=found.name, dtype=dtype, attention="sdpa")  # pyright: ignore[reportArgumentType]
+    folder = Path(found.name)
+    beside = folder / BASE_FILE
+    facts = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    codes = facts.get("quantize") if quantized else None
+    return ModelSpec(
+        name=facts.get("name") or read_adapter_base(folder),
+        dtype=facts.get("dtype", "auto") if dtype == "auto" else dtype,  # pyright: ignore[reportArgumentType]
+        attention="sdpa",
+        quantize=codes,
+        adapter=LoRA() if codes else None,  # codes alone would train nothing, which a spec refuses
+        head=facts.get("head", "lm"),
+        revision=facts.get("revision"),
+    )
+
+
+def load_model(found: Found, *, dtype: str = "auto", quantized: bool = True, device: str = "cpu") -> nn.Module:
     """The model in eval mode, with its adapter on it where it is one.
 
     Arguments:
         found: what to load.
-        dtype: ``bf16``, ``fp32``, ``fp16`` or ``auto``, the checkpoint's own.
-        quantized: load an adapter's base in the codes it was trained on.
+        dtype: as in ``base_spec``.
+        quantized: as in ``base_spec``.
+        device: ``cpu``, ``cuda``, or ``auto`` for CUDA where there is one; codes stay where they were made.
 
     Raises:
         ValueError: it cannot be loaded, with the reason.
     """
-    from transformers import AutoModelForCausalLM
+    import torch
 
-    import ptl.models.attention  # noqa: F401  registers the implementation
-    from ptl.models.adapters import load_adapter, read_adapter_base
-    from ptl.models.build import find_source
-    from ptl.models.export import BASE_FILE, DTYPES
-    from ptl.models.quantize import quantization_config
+    from ptl.models.adapters import load_adapter
+    from ptl.models.build import load_base
 
-    facts: dict[str, Any] = {}
-    name = found.name
+    spec = base_spec(found, dtype=dtype, quantized=quantized)
+    model: nn.Module = load_base(spec)
     if found.adapter:
-        beside = Path(found.name) / BASE_FILE
-        facts = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-        name = read_adapter_base(Path(found.name))
-    kind = facts.get("dtype", "auto") if dtype == "auto" else dtype
-    options: dict[str, Any] = {"dtype": DTYPES.get(kind, "auto"), "attn_implementation": "ptl_packed"}
-    if quantized and facts.get("quantize"):
-        import torch
-
-        options["quantization_config"] = quantization_config(facts["quantize"], DTYPES.get(kind, torch.bfloat16))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(find_source(name), use_safetensors=True, **options)
-    except OSError as error:
-        raise ValueError(f"cannot load {name!r}: {' '.join(str(error).split())[:300]}") from error
-    return (load_adapter(model, Path(found.name)) if found.adapter else model).eval()
+        model = load_adapter(model, Path(found.name))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return (model if spec.quantize else model.to(device)).eval()

@@ -37,23 +37,19 @@ class MicroBatch(NamedTuple):
 
 def train_batches(plan: Plan, units: Units, rank: int, *, bucket: bool) -> Iterator[MicroBatch]:
     """The micro-batches of one rank from ``plan.start`` to the end of the epoch."""
-
-    def sizes(entries: np.ndarray) -> np.ndarray:
-        return units.sizes(units.of_epoch(plan.epoch, entries))
-
     for step in range(plan.steps):
-        window_weight = float(units.loss_weights(units.of_epoch(plan.epoch, plan.window(step))).sum())
-        dealt = plan.deal(step, rank, sizes, bucket=bucket)
-        for entries, real in zip(dealt.units, dealt.real):
-            rows, counts = units.rows(units.of_epoch(plan.epoch, entries))
+        window = units.of_epoch(plan.epoch, plan.window(step))
+        window_weight = float(units.loss_weights(window).sum())
+        for members, real in zip(*plan.share(window, units.sizes(window), rank, bucket)):
+            rows, counts = units.rows(members)
             yield MicroBatch(rows, np.repeat(~real, counts), window_weight)
 
 
 def eval_batches(plan: Plan, units: Units, rank: int, *, bucket: bool) -> Iterator[MicroBatch]:
     """The micro-batches of one rank over all units once; each has its own weight as ``window_weight``."""
     for step in range(plan.steps):
-        dealt = plan.deal(step, rank, units.sizes, bucket=bucket)
-        for members, real in zip(dealt.units, dealt.real):
+        window = plan.window(step)
+        for members, real in zip(*plan.share(window, units.sizes(window), rank, bucket)):
             rows, counts = units.rows(members)
             yield MicroBatch(rows, np.repeat(~real, counts), float(units.loss_weights(members[real]).sum()))
 

@@ -168,11 +168,14 @@ class Plan:
         Returns:
             Arrays [accumulate, micro_batch_size].
         """
+        window = self.window(step)
+        return self.share(window, np.ones(len(window), np.int64) if lengths is None else lengths(window), rank, bucket)
+
+    def share(self, units: np.ndarray, lengths: np.ndarray, rank: int, bucket: bool = False) -> Deal:
+        """One rank's part, arrays [accumulate, micro_batch_size], of a window of units with these lengths."""
         if not 0 <= rank < self.world_size:
             raise IndexError(f"rank {rank} of {self.world_size}")
-        window = self.window(step)
-        sizes = np.ones(len(window), np.int64) if lengths is None else lengths(window)
-        dealt = deal_window(window, sizes, self.world_size, self.accumulate, self.micro_batch_size, bucket=bucket)
+        dealt = deal_window(units, lengths, self.world_size, self.accumulate, self.micro_batch_size, bucket=bucket)
         return Deal(dealt.units[:, rank], dealt.real[:, rank])
 
 

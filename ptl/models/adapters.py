@@ -16,11 +16,11 @@ from peft.utils import set_additional_trainable_modules
 from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
-from transformers.integrations import HfDeepSpeedConfig, deepspeed_config, is_deepspeed_zero3_enabled
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ptl.models.merge import ADAPTER, MergedLayer, merge
 from ptl.models.spec import CHANGES_BASE, LoRA
+from ptl.models.zero3 import zero3_hidden
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -81,22 +81,12 @@ def add_lora(model: nn.Module, lora: LoRA, *, token_ids: Sequence[int] = (), qua
 
 
 def _train_rows_under_zero3(wrapped: PeftModel, config: LoraConfig, rows: Any) -> None:
-    """Has rows trained of matrices that ZeRO-3 may have sharded.
-
-    peft copies the rows on CUDA alone under ZeRO-3 (``TrainableTokensLayer._collect_token_weights``, peft 0.21). Here
-    the matrices are whole while it copies, and it is told so; the announcement of ZeRO-3 is then made again.
-    """
+    """Has rows trained of matrices that ZeRO-3 may have sharded: they are whole while peft copies the rows."""
     base: Any = wrapped.get_base_model()
     only_rows = LoraConfig(trainable_token_indices=rows)
-    announced = deepspeed_config()
     matrices = [p for name in rows for p in base.get_submodule(name).parameters()]
-    with gathered(matrices):
-        unset_hf_deepspeed_config()
-        try:
-            set_additional_trainable_modules(base, only_rows, base.config.to_dict(), ADAPTER)
-        finally:
-            # Known to transformers by a weak reference, so it must live as long as the model.
-            wrapped.announced_zero3 = HfDeepSpeedConfig(announced)  # pyright: ignore[reportArgumentType]
+    with gathered(matrices), zero3_hidden(wrapped):
+        set_additional_trainable_modules(base, only_rows, base.config.to_dict(), ADAPTER)
     config.trainable_token_indices = rows
 
 
@@ -191,34 +181,7 @@ def _check_targets(model: Any, lora: LoRA) -> None:
             raise ValueError(f"adapter.init {lora.init} needs adapter.rank of at most {size}, the size of {name}")
 
 
-# ---- training ----
-
-
-def lora_parameter_groups(
-    model: nn.Module, *, lr: float, weight_decay: float = 0.0, plus_ratio: float | None = None
-) -> list[dict[str, Any]]:
-    """Optimizer groups of the trainable parameters, with LoRA+'s rate for B (arXiv:2402.12354).
-
-    Arguments:
-        model: an adapted model.
-        lr: rate of everything but B.
-        weight_decay: of matrices; vectors (DoRA magnitudes, norms, biases) are not decayed.
-        plus_ratio: rate of B over ``lr``; None or 1 for one rate.
-
-    Returns:
-        Dicts of ``name``, ``params``, ``lr`` and ``weight_decay``; empty groups are left out.
-    """
-    groups: dict[str, dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        is_b = ".lora_B." in name or ".lora_embedding_B." in name
-        vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2
-        group = "lora_B" if is_b else "vectors" if vector else "matrices"
-        rate = lr * (plus_ratio or 1.0) if is_b else lr
-        empty = {"name": group, "params": [], "lr": rate, "weight_decay": 0.0 if vector else weight_decay}
-        groups.setdefault(group, empty)["params"].append(parameter)
-    return list(groups.values())
+# ---- the base under the adapter ----
 
 
 @contextmanager

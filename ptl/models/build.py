@@ -45,23 +45,33 @@ def build(spec: ModelSpec) -> nn.Module:
         ValueError: no such model; pickled weights or foreign code that were not allowed; weights that the checkpoint
             lacks; options that the model cannot take.
     """
+    model = load_base(spec)
+    for part in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        part.use_cache = False  # a cache would also switch off the masks between packed documents
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    built: nn.Module = model
+    if spec.adapter is not None:
+        ids = _token_ids(spec, str(model.name_or_path))
+        built = add_lora(model, spec.adapter, token_ids=ids, quantized=spec.quantize is not None)
+    # Models come from the library in eval mode, where neither dropout nor gradient checkpointing works.
+    return built.train()
+
+
+def load_base(spec: ModelSpec) -> PreTrainedModel:
+    """The model of ``spec`` as the library gives it, in eval mode and without its adapter: what inference starts from.
+
+    Raises:
+        ValueError: as in ``build``.
+    """
     source = find_source(spec.name)
     config = _config(spec, source)
     if spec.attention == "packed":
         import ptl.models.attention  # noqa: F401  registers the implementation
     model = _random(spec, config) if spec.random_init else _pretrained(spec, source, config)
     model.name_or_path = source
-    for part in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        part.use_cache = False  # a cache would also switch off the masks between packed documents
     _check_tie(model)
-    if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    built: nn.Module = model
-    if spec.adapter is not None:
-        ids = _token_ids(spec, source)
-        built = add_lora(model, spec.adapter, token_ids=ids, quantized=spec.quantize is not None)
-    # Models come from the library in eval mode, where neither dropout nor gradient checkpointing works.
-    return built.train()
+    return model
 
 
 def find_source(name: str) -> str:

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ptl.models.adapters import base_model, is_adapted, merged_state, save_adapter
 from ptl.models.quantize import dequantize_state
+from ptl.models.zero3 import zero3_hidden
 
 if TYPE_CHECKING:
     from ptl.models.spec import ModelSpec
@@ -163,7 +164,7 @@ def _twin(model: PreTrainedModel, dtype: torch.dtype, tokenizer: PreTrainedToken
     config.use_cache = True  # switched off for training alone
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
-    with torch.device("meta"):
+    with zero3_hidden(model), torch.device("meta"):
         twin: Any = type(model)(config)
     return twin.to(dtype)
 
@@ -239,13 +240,8 @@ def largest_logit_change(before: nn.Module, after: nn.Module, documents: Sequenc
     after.eval()
     try:
         for ids in documents:
-            one, other = (
-                model(
-                    input_ids=torch.tensor([list(ids)], device=next(model.parameters()).device), use_cache=False
-                ).logits
-                for model in (before, after)
-            )
-            largest = max(largest, (one.float().cpu() - other.float().cpu()).abs().max().item())
+            one, other = _logits(before, ids), _logits(after, ids)
+            largest = max(largest, (one - other).abs().max().item())
     finally:
         before.train(modes[0])
         after.train(modes[1])

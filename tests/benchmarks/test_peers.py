@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from benchmarks import peers, record, report
-from benchmarks.peer_stages import machine, rows, sft
-from benchmarks.peer_stages.breakdown import breakdown
-from benchmarks.peer_stages.compare import Measured, Pair, compare, run_side
+from benchmarks.peer_stages import sft
+from benchmarks.peer_tools import machine, rows
+from benchmarks.peer_tools.breakdown import breakdown
+from benchmarks.peer_tools.compare import Measured, Pair, compare, run_side
 from tests import tiny
 
 TEMPLATES = Path(__file__).parent.parent / "data" / "chat_templates"
@@ -80,8 +81,8 @@ def test_runs_that_did_other_work_are_not_compared(other, reason):
 
 
 def test_a_side_that_fails_says_why(tmp_path):
-    with pytest.raises(RuntimeError, match=r"ptl side of stage sft ended with code 1:\n(.|\n)*KeyError: 'device'"):
-        run_side("sft", "ptl", {}, tmp_path, threads=1, device="cpu", timeout=120)
+    with pytest.raises(RuntimeError, match=r"ptl side of stage nowhere ended with code 1:\n(.|\n)*ModuleNotFoundError"):
+        run_side("nowhere", "ptl", {}, tmp_path, threads=1, device="cpu", timeout=120)
 
 
 # ---- rows ----
@@ -240,8 +241,8 @@ def test_a_recorded_command_can_be_typed_again_and_tells_no_machine_path(tmp_pat
     inside = str(tmp_path / "data" / "rows.jsonl")
     words = [program, "--rows", inside, "/elsewhere/more.jsonl", "--model=/elsewhere/m", "--lr", "2e-5"]
     assert record.command(words) == ("python -m benchmarks.peers --rows data/rows.jsonl more.jsonl --model=m --lr 2e-5")
-    package = str(Path(record.__file__).with_name("peer_stages") / "__main__.py")
-    assert record.command([package]) == "python -m benchmarks.peer_stages"
+    package = str(Path(record.__file__).with_name("peer_tools") / "__main__.py")
+    assert record.command([package]) == "python -m benchmarks.peer_tools"
 
 
 def test_the_report_has_a_row_a_line_and_leaves_unknown_cells_empty():

@@ -45,19 +45,6 @@ def prepared(chats, tokenizer, model_folder):
     )
 
 
-@pytest.fixture(scope="module")
-def documents(prepared):
-    return [tuple(ids) for ids in prepared.rows["ids"]]
-
-
-def batches_of(loader):
-    return list(loader)
-
-
-def stream(loader) -> list[list]:
-    return [documents_of(batch) for batch in loader]
-
-
 def test_batches_hold_the_prepared_rows(prepared):
     dataset = RowDataset(prepared.rows, ChatView(), "packed", 0)
     part = open_part(prepared, weights=(1.0,), capacity=None, seed=0, split=None)

@@ -22,7 +22,6 @@ from ptl.data.views import ChatView
 from tests.data.chats import Recorder, data_module, documents_of, fit, make_trainer, write_chats
 
 ROWS = 23
-FACTORISATIONS = [(1, 1, 8), (1, 4, 2), (2, 2, 2), (2, 1, 4), (4, 2, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +53,6 @@ def documents(prepared):
     return [tuple(ids) for ids in prepared.rows["ids"]]
 
 
-def batches_of(loader):
-    return list(loader)
-
-
 def stream(loader) -> list[list]:
     return [documents_of(batch) for batch in loader]
 
@@ -86,7 +81,7 @@ def test_workers_give_the_same_batches(chats, model_folder):
     for workers in (0, 2):
         data = data_module(chats, model_folder, micro_batch_size=3, num_workers=workers)
         data.setup("fit")
-        streams.append(batches_of(data.train_dataloader()))
+        streams.append(list(data.train_dataloader()))
         data.teardown("fit")
     for a, b in zip(*streams, strict=True):
         assert all(torch.equal(x, y) if x is not None else y is None for x, y in zip(a, b, strict=True))

@@ -150,7 +150,7 @@ def test_deal_balances_tokens():
     plain = lengths.reshape(4, 4, 16).sum(-1)
     assert np.ptp(batches) < 0.2 * np.ptp(plain)
     ranks = batches.sum(0)
-    assert np.ptp(ranks) / ranks.mean() < 0.01
+    assert np.ptp(ranks) / ranks.mean() < 0.02
 
 
 def test_dealing_over_accumulation_balances_ranks_of_single_units():

@@ -428,7 +428,7 @@ prepare([Source(path=sys.argv[1])], view=ChatView(), renderer=Renderer(tiny.make
 
 
 def test_law_6_a_killed_preparation_leaves_no_cache_and_is_made_anew(tmp_path, renderer):
-    rows = chats(40_000, words=(1, 2), most_turns=1)
+    rows = chats(20_000, words=(1, 2), most_turns=1)
     path, cache = jsonl(tmp_path / "a.jsonl", rows), tmp_path / "cache"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(path), str(cache)])
     end = time.monotonic() + 60
@@ -442,7 +442,7 @@ def test_law_6_a_killed_preparation_leaves_no_cache_and_is_made_anew(tmp_path, r
     run([path], renderer, cache)  # other data, another key: nothing in the way
     jsonl(path, rows)
     prepared = run([path], renderer, cache)
-    assert prepared.audit.sources[0].rows == len(prepared.rows) == 40_000
+    assert prepared.audit.sources[0].rows == len(prepared.rows) == 20_000
     assert sorted(entry.suffix for entry in cache.iterdir()) == ["", ""]
 
 

@@ -1,4 +1,4 @@
-"""One measured run in a process of its own: ``python -m benchmarks.peer_stages STAGE ptl|peer IN.json OUT.json``."""
+"""One measured run in a process of its own: ``python -m benchmarks.peer_tools STAGE ptl|peer IN.json OUT.json``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.peer_stages.compare import write
+from benchmarks.peer_tools.compare import write
 
 
 def main() -> None:

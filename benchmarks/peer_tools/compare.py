@@ -61,7 +61,7 @@ def run_side(
     """Runs one side in a fresh process and reads what it measured.
 
     Arguments:
-        stage: module name in this package.
+        stage: name in ``benchmarks.peer_stages``.
         side: ``ptl`` or ``peer``.
         spec: what ``make_spec`` gave.
         folder: for the exchange of files.
@@ -76,7 +76,7 @@ def run_side(
     inputs, output = folder / f"{side}-in.json", folder / f"{side}-out.json"
     output.unlink(missing_ok=True)
     inputs.write_text(json.dumps(dict(spec)), encoding="utf-8")
-    command = [sys.executable, "-m", "benchmarks.peer_stages", stage, side, str(inputs), str(output)]
+    command = [sys.executable, "-m", "benchmarks.peer_tools", stage, side, str(inputs), str(output)]
     done = subprocess.run(
         command, env=environment(threads, device), capture_output=True, text=True, timeout=timeout, check=False
     )
