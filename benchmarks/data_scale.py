@@ -7,8 +7,9 @@ one, so that almost no two rows are equal and their lengths are as ragged as tho
 same JSONL file, with the same tokenizer, template and number of processes, each run in a process of its own with empty
 caches, alternating. TRL's side is ``SFTTrainer._prepare_dataset`` itself, on ``datasets.load_dataset("json")``, with
 ``assistant_only_loss`` and a template that carries the ``{% generation %}`` marks it needs; the counts of tokens and of
-trained tokens of both must agree. Peak memory is the largest sum of the resident sizes of all processes of a side,
-pages they share counted once for each, looked at 10 times a second.
+trained tokens of both must agree. ``peak_gb`` is the largest sum of the resident sizes of all processes of a side, a
+page that several share counted for each; ``memory_ratio`` is of proportional sizes, where it is counted once, because
+TRL forks its processes and ours are spawned.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def exchanges(files: Sequence[str]) -> list[list[dict[str, str]]]:
     for name in files:
         for line in Path(name).read_text(encoding="utf-8").splitlines():
             turns = json.loads(line)["messages"]
-            for first, second in zip(turns, turns[1:]):
+            for first, second in pairwise(turns):
                 if (first["role"], second["role"]) == ("user", "assistant"):
                     found.append([{key: turn[key] for key in ("role", "content")} for turn in (first, second)])
     if not found:
@@ -113,7 +115,7 @@ def trl_side(path: str, tokenizer_name: str, num_proc: int, folder: str) -> dict
     disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     tokenizer.chat_template = TEMPLATE
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    shape: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **shape))
     arguments = SFTConfig(
         output_dir=f"{folder}/out",
@@ -154,41 +156,42 @@ def measured(side: str, path: Path, tokenizer: str, num_proc: int, folder: Path)
     command = [sys.executable, "-m", "benchmarks.data_scale", "side", side, str(path), tokenizer, str(num_proc)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen([*command, str(folder)], stdout=subprocess.PIPE, text=True, env=environment)
-    peaks = {"rss": 0, "processes": 0}
+    peaks = {"rss": 0, "pss": 0}
     watcher = threading.Thread(target=watch, args=(process.pid, peaks), daemon=True)
     watcher.start()
     out, _ = process.communicate()
     if process.returncode:
         raise SystemExit(f"the {side} side failed with code {process.returncode}")
     watcher.join()
-    return {**json.loads(out.splitlines()[-1]), "peak_bytes": peaks["rss"], "processes": peaks["processes"]}
+    return {**json.loads(out.splitlines()[-1]), "peak_bytes": peaks["rss"], "peak_proportional": peaks["pss"]}
 
 
 def watch(pid: int, peaks: dict[str, int]) -> None:
-    """Keeps the largest sum of resident sizes of a process and all it started."""
+    """Keeps the largest sums of a process and all it started: resident size, and now and then the proportional one."""
     import psutil
 
     try:
         root = psutil.Process(pid)
-        while True:
-            sizes = list(resident([root, *root.children(recursive=True)]))
-            if sum(sizes) > peaks["rss"]:
-                peaks.update(rss=sum(sizes), processes=len(sizes))
-            if root.status() == psutil.STATUS_ZOMBIE:
-                return
+        looks = 0
+        while root.status() != psutil.STATUS_ZOMBIE:
+            family = [root, *root.children(recursive=True)]
+            peaks["rss"] = max(peaks["rss"], sum(sizes(family, lambda one: one.memory_info().rss)))
+            if looks % 10 == 0:
+                peaks["pss"] = max(peaks["pss"], sum(sizes(family, lambda one: one.memory_full_info().pss)))
+            looks += 1
             time.sleep(0.1)
     except psutil.NoSuchProcess:
         return
 
 
-def resident(processes: Sequence[Any]) -> Iterator[int]:
-    """Resident bytes of those processes that are still there."""
+def sizes(processes: Sequence[Any], size: Callable[[Any], int]) -> Iterator[int]:
+    """A size of each process that is still there."""
     import psutil
 
     for process in processes:
         try:
-            yield process.memory_info().rss
-        except psutil.NoSuchProcess:
+            yield size(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
 
 
@@ -197,6 +200,10 @@ def resident(processes: Sequence[Any]) -> Iterator[int]:
 
 def median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
+
+
+def highest(runs: Sequence[dict[str, Any]], key: str) -> float:
+    return max(run[key] for run in runs)
 
 
 def peers(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -220,10 +227,10 @@ def peers(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "peer_rows": ours[0]["rows"],
         "ratio": round(median([run["seconds"] for run in theirs]) / seconds, 3),
         "ratio_without_reading": round(median([run["seconds_without_reading"] for run in theirs]) / seconds, 3),
-        "memory_ratio": round(max(r["peak_bytes"] for r in ours) / max(r["peak_bytes"] for r in theirs), 3),
+        "memory_ratio": round(highest(ours, "peak_proportional") / highest(theirs, "peak_proportional"), 3),
         "ptl_rows_per_s": [round(run["rows"] / run["seconds"], 1) for run in ours],
         "trl_rows_per_s": [round(run["rows"] / run["seconds"], 1) for run in theirs],
-        "trl_peak_gb": round(max(run["peak_bytes"] for run in theirs) / 1e9, 3),
+        "trl_peak_gb": round(highest(theirs, "peak_bytes") / 1e9, 3),
     }
 
 

@@ -57,9 +57,9 @@ def measure(case: Case, side: str) -> dict[str, float]:
         if side == "fused":
             total = fused_linear_cross_entropy(hidden, weight, targets, weights).total
         else:
-            logits = torch.nn.functional.linear(hidden, weight).float()
-            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-            del logits
+            # As in transformers: the logits stay in the model's output, in its dtype; a copy in float32 makes the loss.
+            logits = torch.nn.functional.linear(hidden, weight)
+            losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
             total = (losses * weights).sum()
         total.backward()
 

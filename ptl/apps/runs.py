@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -110,7 +110,7 @@ def load_model(found: Found, *, dtype: str = "auto", quantized: bool = True, dev
     from ptl.models.build import load_base
 
     spec = base_spec(found, dtype=dtype, quantized=quantized)
-    model: nn.Module = load_base(spec)
+    model: Any = load_base(spec)
     if found.adapter:
         model = load_adapter(model, Path(found.name))
     if device == "auto":

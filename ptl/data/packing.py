@@ -197,7 +197,8 @@ def _place(
             arrival = permute(arrival, len(out), keys)
         chosen = arrival if rows is None else rows[arrival]
         size = np.asarray(lengths[chosen])
-        order = np.argsort(size, kind="stable")
+        # numpy sorts 16-bit integers by radix, many times faster.
+        order = np.argsort(size.astype(np.uint16) if len(histogram) <= 1 << 16 else size, kind="stable")
         counts = np.bincount(size, minlength=len(histogram))
         numbers = np.arange(end - begin) + np.repeat(next_number - (np.cumsum(counts) - counts), counts)
         next_number += counts
