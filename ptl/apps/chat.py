@@ -44,12 +44,7 @@ def stream_reply(
     """
     import torch
 
-    if temperature < 0:
-        raise ValueError(f"--temperature must be 0 or more, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"--top-p must be above 0 and at most 1, got {top_p}")
-    if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be 1 or more, got {max_new_tokens}")
+    check_sampling(temperature, top_p, max_new_tokens)
     device = next(model.parameters()).device
     generator = torch.Generator(device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
@@ -78,6 +73,16 @@ def stream_reply(
     text = str(renderer.tokenizer.decode(ids, skip_special_tokens=True))
     if len(text) > len(shown):
         yield text[len(shown) :]
+
+
+def check_sampling(temperature: float, top_p: float, max_new_tokens: int) -> None:
+    """Refuses a field out of its range with a ``ValueError`` that names the option."""
+    if temperature < 0:
+        raise ValueError(f"--temperature must be 0 or more, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"--top-p must be above 0 and at most 1, got {top_p}")
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be 1 or more, got {max_new_tokens}")
 
 
 def _context(model: Any) -> int:
@@ -132,10 +137,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    from ptl.apps.runs import load_model, resolve_model
+    check_sampling(options.temperature, options.top_p, options.max_new_tokens)
+    from ptl.apps.runs import load_model, quiet_libraries, resolve_model
     from ptl.data.render import Renderer
     from ptl.data.tokenizer import load_tokenizer
 
+    quiet_libraries()
     found = resolve_model(options.model)
     model = load_model(found, dtype=options.dtype, device="auto")
     renderer = Renderer(load_tokenizer(found.name, template=options.template))

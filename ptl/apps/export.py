@@ -38,13 +38,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ptl.apps.runs import base_spec, load_model, resolve_model
+    from ptl.apps.runs import base_spec, load_model, quiet_libraries, resolve_model
     from ptl.data.render import Renderer
     from ptl.data.tokenizer import load_tokenizer
     from ptl.models.adapters import is_adapted
     from ptl.models.export import export, largest_logit_change
 
     _check_target(Path(options.out), options.overwrite)
+    quiet_libraries()
     found = resolve_model(options.model, adapter=True)
     if Path(found.name).resolve() == Path(options.out).resolve():
         raise ValueError(f"--out {options.out} is the model that is read: give another folder")

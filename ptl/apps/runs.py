@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,15 @@ class Found:
 
     name: str
     adapter: bool
+
+
+def quiet_libraries() -> None:
+    """Keeps start-up notes of bitsandbytes and DeepSpeed, which mean nothing here, from between the lines of an app."""
+    import torch
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def resolve_model(name: str, *, adapter: bool = False) -> Found:

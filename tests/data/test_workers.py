@@ -1,8 +1,11 @@
 """The map over processes: order, bounded look-ahead, and failures that are told."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +78,28 @@ def test_the_number_of_processes():
     assert processes(3) == 3 and 1 <= processes(None) <= MOST
     with pytest.raises(ValueError, match="num_proc"):
         processes(0)
+
+
+ORPHANS = """
+import os, sys, time
+from ptl.data.workers import in_order
+def work(number):
+    time.sleep(0.05)
+    return os.getpid()
+results = in_order(work, iter(int, 1), 3, inline=0)
+seen = set()
+while len(seen) < 3:
+    seen.add(next(results))
+print(*seen, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_no_process_outlives_a_killed_parent():
+    out = subprocess.run([sys.executable, "-c", ORPHANS], capture_output=True, text=True, timeout=60)
+    pids = [int(pid) for pid in out.stdout.split()]
+    assert out.returncode == -9 and len(pids) == 3
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text() for pid in pids):
+        assert time.monotonic() < end, f"{pids} are still there"
+        time.sleep(0.05)
