@@ -130,9 +130,9 @@ class SourceAudit:
         if self.refused_rows > limits.max_bad_fraction * self.rows:
             raise AuditError(
                 f"source {self.name}: {self.refused_rows:,} of {self.rows:,} rows cannot be used, more than "
-                f"data.max_bad_fraction = {limits.max_bad_fraction:g} allows. First of them:\n"
+                f"data.thresholds.max_bad_fraction = {limits.max_bad_fraction:g} allows. First of them:\n"
                 + "\n".join(f"  {line}" for line in first_examples(self.refused))
-                + f"\nMend the rows, or set data.max_bad_fraction to at least {self._share(self.refused_rows)}."
+                + f"\nMend the rows, or set data.thresholds.max_bad_fraction to at least {self._share(self.refused_rows)}."
             )
         rendered = max(1, self.rendered_rows)
         cut = self.truncated_rows + sum(self.dropped_by(reason) for reason in TOO_LONG)
@@ -143,12 +143,13 @@ class SourceAudit:
             if got > getattr(limits, key) * rendered:
                 raise AuditError(
                     f"source {self.name}: {got:,} of {rendered:,} rendered rows {what}, more than "
-                    f"data.{key} = {getattr(limits, key):g} allows"
+                    f"data.thresholds.{key} = {getattr(limits, key):g} allows"
                 )
         if self.trained_tokens < limits.min_trained_tokens:
             raise AuditError(
-                f"source {self.name}: {self.trained_tokens:,} trained tokens, fewer than data.min_trained_tokens = "
-                f"{limits.min_trained_tokens:,}; of {self.rows:,} rows {self.refused_rows:,} were refused and "
+                f"source {self.name}: {self.trained_tokens:,} trained tokens, fewer than "
+                f"data.thresholds.min_trained_tokens = {limits.min_trained_tokens:,}; of {self.rows:,} rows "
+                f"{self.refused_rows:,} were refused and "
                 f"{self.dropped_rows:,} dropped ({', '.join(self.dropped) or '-'})"
             )
 

@@ -28,10 +28,15 @@ OPEN = Thresholds(max_bad_fraction=1.0, max_fully_masked=1.0, max_truncated=1.0,
 @pytest.mark.parametrize(
     ("limit", "passes", "fails", "told"),
     [
-        ("max_bad_fraction", 0.02, 0.019, ["data.max_bad_fraction", "2 of 100", "chats.jsonl:3: broken_json"]),
-        ("max_fully_masked", 3 / 98, 0.03, ["data.max_fully_masked", "3 of 98"]),
-        ("max_truncated", 13 / 98, 0.13, ["data.max_truncated", "13 of 98"]),
-        ("min_trained_tokens", 4000, 4001, ["data.min_trained_tokens", "4,000"]),
+        (
+            "max_bad_fraction",
+            0.02,
+            0.019,
+            ["data.thresholds.max_bad_fraction", "2 of 100", "chats.jsonl:3: broken_json"],
+        ),
+        ("max_fully_masked", 3 / 98, 0.03, ["data.thresholds.max_fully_masked", "3 of 98"]),
+        ("max_truncated", 13 / 98, 0.13, ["data.thresholds.max_truncated", "13 of 98"]),
+        ("min_trained_tokens", 4000, 4001, ["data.thresholds.min_trained_tokens", "4,000"]),
     ],
 )
 def test_a_threshold_stops_the_run_and_names_its_key(limit, passes, fails, told):

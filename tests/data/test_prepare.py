@@ -131,7 +131,7 @@ def test_law_8_a_broken_row_is_counted_and_stops_the_run(tmp_path, renderer, tok
     with pytest.raises(AuditError) as caught:
         run([path], renderer, tmp_path / "cache")
     line = 3 if name.endswith(".csv") else 2
-    for told in (f"{path}:{line}: {reason}: ", "1 of 3 rows", "data.max_bad_fraction"):
+    for told in (f"{path}:{line}: {reason}: ", "1 of 3 rows", "data.thresholds.max_bad_fraction"):
         assert told in str(caught.value)
     assert [entry.name for entry in (tmp_path / "cache").iterdir() if entry.is_dir()] == []
     prepared = balanced(run([path], renderer, tmp_path / "cache", max_bad_fraction=0.34))
@@ -146,7 +146,7 @@ def test_law_8_more_bad_rows_than_allowed_are_listed_by_file_and_line(tmp_path, 
     with pytest.raises(AuditError) as caught:
         run([tmp_path / "a.jsonl"], renderer, tmp_path / "cache", max_bad_fraction=0.09)
     assert "10 of 100 rows" in str(caught.value) and f"{tmp_path}/a.jsonl:1: broken_json" in str(caught.value)
-    assert "set data.max_bad_fraction to at least 0.1" in str(caught.value)
+    assert "set data.thresholds.max_bad_fraction to at least 0.1" in str(caught.value)
     prepared = balanced(run([tmp_path / "a.jsonl"], renderer, tmp_path / "cache", max_bad_fraction=0.1))
     assert prepared.audit.sources[0].refused["broken_json"].count == 10
 
