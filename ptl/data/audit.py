@@ -132,7 +132,8 @@ class SourceAudit:
                 f"source {self.name}: {self.refused_rows:,} of {self.rows:,} rows cannot be used, more than "
                 f"data.thresholds.max_bad_fraction = {limits.max_bad_fraction:g} allows. First of them:\n"
                 + "\n".join(f"  {line}" for line in first_examples(self.refused))
-                + f"\nMend the rows, or set data.thresholds.max_bad_fraction to at least {self._share(self.refused_rows)}."
+                + "\nMend the rows, or set data.thresholds.max_bad_fraction to at least "
+                + f"{self._share(self.refused_rows)}."
             )
         rendered = max(1, self.rendered_rows)
         cut = self.truncated_rows + sum(self.dropped_by(reason) for reason in TOO_LONG)
