@@ -7,9 +7,9 @@ one, so that almost no two rows are equal and their lengths are as ragged as tho
 same JSONL file, with the same tokenizer, template and number of processes, each run in a process of its own with empty
 caches, alternating. TRL's side is ``SFTTrainer._prepare_dataset`` itself, on ``datasets.load_dataset("json")``, with
 ``assistant_only_loss`` and a template that carries the ``{% generation %}`` marks it needs; the counts of tokens and of
-trained tokens of both must agree. ``peak_gb`` is the largest sum of the resident sizes of all processes of a side, a
-page that several share counted for each; ``memory_ratio`` is of proportional sizes, where it is counted once, because
-TRL forks its processes and ours are spawned.
+trained tokens of both must agree. ``cpu_ratio`` compares processor time, which a busy machine distorts less than the
+wall clock. ``peak_gb`` is the largest sum of the resident sizes of all processes of a side, a page that several share
+counted for each; ``memory_ratio`` is of proportional sizes, where it is counted once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -88,22 +89,16 @@ def ptl_side(path: str, tokenizer_name: str, num_proc: int, folder: str) -> dict
     from ptl.data.views import ChatView
 
     renderer = Renderer(load_tokenizer(tokenizer_name, template=TEMPLATE))
-    start = time.perf_counter()
-    prepared = prepare(
-        [Source(path=path)],
-        view=ChatView(),
-        renderer=renderer,
-        max_length=MAX_LENGTH,
-        truncation="keep_start",
-        cache_dir=folder,
-        num_proc=num_proc,
-        quiet=True,
-    )
+    cpu, start = cpu_seconds(), time.perf_counter()
+    how: dict[str, Any] = {"max_length": MAX_LENGTH, "truncation": "keep_start", "num_proc": num_proc, "quiet": True}
+    prepared = prepare([Source(path=path)], view=ChatView(), renderer=renderer, cache_dir=folder, **how)
     seconds = time.perf_counter() - start
+    used = cpu_seconds() - cpu
     (entry,) = prepared.audit.sources
     middle = prepared.rows[len(prepared.rows) // 2]
     assert len(middle["ids"]) == prepared.lengths[len(prepared.rows) // 2]
-    return {"seconds": seconds, "rows": entry.rows, "tokens": entry.tokens, "trained_tokens": entry.trained_tokens}
+    counts = {"rows": entry.rows, "tokens": entry.tokens, "trained_tokens": entry.trained_tokens}
+    return {"seconds": seconds, "cpu_seconds": used, **counts}
 
 
 def trl_side(path: str, tokenizer_name: str, num_proc: int, folder: str) -> dict[str, Any]:
@@ -130,17 +125,18 @@ def trl_side(path: str, tokenizer_name: str, num_proc: int, folder: str) -> dict
     trainer = SFTTrainer(
         model, args=arguments, train_dataset=Dataset.from_list([{"messages": pair}] * 4), processing_class=tokenizer
     )
-    start = time.perf_counter()
+    cpu, start = cpu_seconds(), time.perf_counter()
     dataset = load_dataset("json", data_files=path, split="train", cache_dir=f"{folder}/cache")
     loaded = time.perf_counter() - start
     prepared: Any = trainer._prepare_dataset(dataset, tokenizer, arguments, False, None, "train")
-    seconds = time.perf_counter() - start
+    seconds, used = time.perf_counter() - start, cpu_seconds() - cpu
     tokens = trained = 0
     for batch in prepared.select_columns(["labels"]).with_format("numpy").iter(2000):
         tokens += sum(len(labels) for labels in batch["labels"])
         trained += sum(int((labels != -100).sum()) for labels in batch["labels"])
     return {
         "seconds": seconds,
+        "cpu_seconds": used,
         "seconds_without_reading": seconds - loaded,
         "rows": len(prepared),
         "tokens": tokens,
@@ -148,7 +144,10 @@ def trl_side(path: str, tokenizer_name: str, num_proc: int, folder: str) -> dict
     }
 
 
-SIDES = {"ptl": ptl_side, "trl": trl_side}
+def cpu_seconds() -> float:
+    """Processor time of this process and of those it started that have ended."""
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
 def measured(side: str, path: Path, tokenizer: str, num_proc: int, folder: Path) -> dict[str, Any]:
@@ -202,10 +201,6 @@ def median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def highest(runs: Sequence[dict[str, Any]], key: str) -> float:
-    return max(run[key] for run in runs)
-
-
 def peers(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Alternating runs of both sides on the first ``peer_count`` rows."""
     path = folder / "peer.jsonl"
@@ -220,17 +215,22 @@ def peers(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     for key in ("rows", "tokens", "trained_tokens"):
         if ours[0][key] != theirs[0][key]:
             raise SystemExit(f"the sides disagree on {key}: {ours[0][key]} here, {theirs[0][key]} in TRL")
-    seconds = median([run["seconds"] for run in ours])
+    mine = median([run["seconds"] for run in ours])
+
+    def over(key: str) -> float:
+        return round(median([run[key] for run in theirs]) / median([run[key] for run in ours]), 3)
+
     return {
         "peer": "trl",
         "pairs": args.pairs,
         "peer_rows": ours[0]["rows"],
-        "ratio": round(median([run["seconds"] for run in theirs]) / seconds, 3),
-        "ratio_without_reading": round(median([run["seconds_without_reading"] for run in theirs]) / seconds, 3),
-        "memory_ratio": round(highest(ours, "peak_proportional") / highest(theirs, "peak_proportional"), 3),
+        "ratio": over("seconds"),
+        "cpu_ratio": over("cpu_seconds"),
+        "ratio_without_reading": round(median([run["seconds_without_reading"] for run in theirs]) / mine, 3),
+        "memory_ratio": round(1 / over("peak_proportional"), 3),
         "ptl_rows_per_s": [round(run["rows"] / run["seconds"], 1) for run in ours],
         "trl_rows_per_s": [round(run["rows"] / run["seconds"], 1) for run in theirs],
-        "trl_peak_gb": round(highest(theirs, "peak_bytes") / 1e9, 3),
+        "trl_peak_gb": round(max(run["peak_bytes"] for run in theirs) / 1e9, 3),
     }
 
 
@@ -241,10 +241,8 @@ def prepare_stage(args: argparse.Namespace) -> dict[str, Any]:
         found = peers(folder, args) if args.pairs else {}
         path = folder / "rows.jsonl"
         write_rows(path, args.rows, args.count)
-        first = measured("ptl", path, args.tokenizer, args.num_proc, folder / "cache")
-        print("first start", first, flush=True)
-        second = measured("ptl", path, args.tokenizer, args.num_proc, folder / "cache")
-        print("second start", second, flush=True)
+        first, second = (measured("ptl", path, args.tokenizer, args.num_proc, folder / "cache") for _ in range(2))
+        print("first start", first, "second start", second, sep="\n", flush=True)
         (cached,) = [entry for entry in (folder / "cache").iterdir() if entry.is_dir()]
         return {
             "stage": "prepare",
@@ -281,7 +279,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         side.add_argument(name)
     args = parser.parse_args(argv)
     if args.command == "side":
-        print(json.dumps(SIDES[args.side](args.path, args.tokenizer, int(args.num_proc), args.folder)))
+        print(
+            json.dumps(
+                (ptl_side if args.side == "ptl" else trl_side)(
+                    args.path, args.tokenizer, int(args.num_proc), args.folder
+                )
+            )
+        )
         return 0
     print(json.dumps(record.append("data_scale", prepare_stage(args)), indent=1))
     return 0

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ptl.data.files import resolve
+from ptl.data.files import Files
 from ptl.data.render import Renderer, Truncation
 from ptl.data.sources import Source
 from ptl.data.views import View
@@ -30,6 +30,7 @@ LIBRARIES = ("tokenizers", "transformers")
 
 def cache_inputs(
     sources: Sequence[Source],
+    files: Sequence[Files],
     *,
     view: View,
     renderer: Renderer,
@@ -37,9 +38,12 @@ def cache_inputs(
     truncation: Truncation,
     deduplicate: bool,
 ) -> dict[str, Any]:
-    """What prepared data is made from, as JSON; equal inputs give equal tokens. Arguments as for ``prepare``."""
+    """What prepared data is made from, as JSON; equal inputs give equal tokens.
+
+    Arguments as for ``prepare``, and the files of each source.
+    """
     return {
-        "sources": [_source(source) for source in sources],
+        "sources": [_source(source, own) for source, own in zip(sources, files)],
         "renderer": renderer.fingerprint(),
         "view": f"{type(view).__module__}.{type(view).__qualname__}",
         "max_length": max_length,
@@ -55,7 +59,7 @@ def cache_key(inputs: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _source(source: Source) -> dict[str, Any]:
+def _source(source: Source, files: Files) -> dict[str, Any]:
     """A source without its name and weight, which change no token."""
     return {
         "format": source.format,
@@ -63,7 +67,7 @@ def _source(source: Source) -> dict[str, Any]:
         "columns": source.columns,
         "roles": source.roles,
         "limit": source.limit,
-        "files": [file.identity() for file in resolve(source)],
+        "files": [file.identity() for file in files],
     }
 
 

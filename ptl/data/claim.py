@@ -235,11 +235,12 @@ def _is_dead(owner: dict[str, Any]) -> bool:
         return False
     try:
         os.kill(int(owner["pid"]), 0)
+        state = Path(f"/proc/{int(owner['pid'])}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except ProcessLookupError:
         return True
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError, IndexError):
         return False
-    return False
+    return state in ("Z", "X")  # ended, and its parent has not asked how
 
 
 def _name(owner: dict[str, Any]) -> str:

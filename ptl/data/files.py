@@ -8,7 +8,7 @@ import hashlib
 import io
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -135,6 +135,10 @@ class HubData:
     def identity(self) -> list[Any]:
         files = [file_identity(Path(entry["filename"])) for entry in self.dataset.cache_files]
         return [self.shown, self.dataset.num_rows, self.dataset.column_names, files]
+
+
+Files = Sequence[DataFile | HubData]
+"""The files of one source, in the order in which they are read."""
 
 
 def file_identity(path: Path) -> list[Any]:

@@ -52,6 +52,8 @@ def parse_message(item: Any, at: str, roles: Mapping[str, str]) -> Message:
     """One message dict, checked."""
     if not isinstance(item, Mapping):
         raise BadRow("wrong_type", f"{at} is {kind(item)}; expected a message with role and content")
+    if len(item) == 2 and (plain := _plain(item, at, roles)):
+        return plain
     raw_role = _first(item, ("role", "from"))
     if raw_role is None:
         raise BadRow("missing_key", f"{at} has no role; its keys are {sorted(map(str, item))}")
@@ -77,6 +79,14 @@ def parse_message(item: Any, at: str, roles: Mapping[str, str]) -> Message:
         name=optional_text(item.get("name"), f"{at}.name"),
         train=parse_weight(item, at),
     )
+
+
+def _plain(item: Mapping[str, Any], at: str, roles: Mapping[str, str]) -> Message | None:
+    """A message of nothing but a known role and a text, which most are; None for all others."""
+    role, content = item.get("role"), item.get("content")
+    if type(role) is str and role in ROLES and role not in roles and type(content) is str and content.strip():
+        return Message(role=role, content=checked_text(content, f"{at}.content"))
+    return None
 
 
 def parse_role(value: Any, at: str, roles: Mapping[str, str]) -> str:

@@ -1,4 +1,8 @@
-"""The data module of every objective: sources in, micro-batches out, in an order that survives kill and resize."""
+"""The data module of every objective: sources in, micro-batches out, in an order that survives kill and resize.
+
+The file is one class, whole: settings, parts, order, loaders and state are what Lightning asks of one object. What it
+does with them is in ``parts``, ``units``, ``order``, ``loader`` and ``progress``.
+"""
 
 from __future__ import annotations
 

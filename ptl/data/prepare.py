@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from ptl.data.audit import DUPLICATE, EXAMPLES, Audit, Reason, SourceAudit, Thresholds, length_summary
+from ptl.data.audit import DUPLICATE, EXAMPLES, Audit, AuditError, Reason, SourceAudit, Thresholds, length_summary
 from ptl.data.cache_key import cache_inputs, cache_key
 from ptl.data.claim import PATIENCE, Claim, made_once
 from ptl.data.duplicates import Seen
 from ptl.data.encode import Encoded, Encoder, Job, schema_of
-from ptl.data.files import resolve
+from ptl.data.files import Files, resolve
 from ptl.data.readers import Beyond, blocks, first_rows
 from ptl.data.render import Renderer, Truncation
 from ptl.data.report import Report, say
@@ -93,15 +93,15 @@ def prepare(
         raise ValueError(f"{len(sources)} sources; expected at least one and at most 32,767")
     limits = Thresholds(max_bad_fraction=max_bad_fraction, max_fully_masked=1.0, min_trained_tokens=0)
     workers = processes(num_proc)
-    inputs = cache_inputs(
-        sources, view=view, renderer=renderer, max_length=max_length, truncation=truncation, deduplicate=deduplicate
-    )
+    files = [resolve(source) for source in sources]
+    how: dict[str, Any] = {"view": view, "renderer": renderer, "max_length": max_length, "truncation": truncation}
+    inputs = cache_inputs(sources, files, deduplicate=deduplicate, **how)
     target = Path(cache_dir).expanduser() / cache_key(inputs)
 
     def make(folder: Path, claim: Claim) -> None:
-        encoder = encoder_of(sources, view=view, renderer=renderer, max_length=max_length, truncation=truncation)
-        count = Count(encoder, deduplicate=deduplicate, limits=limits if max_bad_fraction == 0 else None)
-        with Writer(folder, schema_of(view)) as writer, Report(_bytes_of(sources), quiet=quiet) as report:
+        stop = limits if max_bad_fraction == 0 else None
+        count = Count(encoder_of(sources, files, **how), files, deduplicate=deduplicate, limits=stop)
+        with Writer(folder, schema_of(view)) as writer, Report(_bytes_of(files), quiet=quiet) as report:
             for batch in count.run(workers, report):
                 writer.add(batch)
                 claim.progress = report.text
@@ -143,27 +143,34 @@ def audit_sources(
 
     Arguments and errors as for ``prepare``.
     """
-    encoder = encoder_of(sources, view=view, renderer=renderer, max_length=max_length, truncation=truncation)
-    count = Count(encoder, deduplicate=False, limits=None)
-    with Report(_bytes_of(sources), quiet=quiet) as report:
+    files = [resolve(source) for source in sources]
+    encoder = encoder_of(sources, files, view=view, renderer=renderer, max_length=max_length, truncation=truncation)
+    count = Count(encoder, files, deduplicate=False, limits=None)
+    with Report(_bytes_of(files), quiet=quiet) as report:
         for _ in count.run(processes(num_proc), report):
             pass
     return count.audit()
 
 
 def encoder_of(
-    sources: Sequence[Source], *, view: View, renderer: Renderer, max_length: int, truncation: Truncation
+    sources: Sequence[Source],
+    files: Sequence[Files],
+    *,
+    view: View,
+    renderer: Renderer,
+    max_length: int,
+    truncation: Truncation,
 ) -> Encoder:
     """The encoder, once every source's format is known and fits the view."""
     formats = []
-    for source in sources:
-        formats.append(detect_format(source, () if source.format != "auto" else first_rows(source)))
+    for source, own in zip(sources, files):
+        formats.append(detect_format(source, () if source.format != "auto" else first_rows(source, files=own)))
         check_record(source, formats[-1], view.record)
     return Encoder(tuple(sources), tuple(formats), view, renderer, max_length, truncation)
 
 
-def _bytes_of(sources: Sequence[Source]) -> int:
-    return sum(file.nbytes for source in sources for file in resolve(source))
+def _bytes_of(files: Sequence[Files]) -> int:
+    return sum(file.nbytes for own in files for file in own)
 
 
 def _total(batch: pa.RecordBatch, name: str) -> int:
@@ -175,12 +182,15 @@ class Count:
 
     Arguments:
         encoder: with its sources.
+        files: of each source.
         deduplicate: leave out rows that were seen before.
         limits: stop as soon as a source has refused rows; None counts to the end.
     """
 
-    def __init__(self, encoder: Encoder, *, deduplicate: bool, limits: Thresholds | None) -> None:
-        self.encoder, self.deduplicate, self.limits = encoder, deduplicate, limits
+    def __init__(
+        self, encoder: Encoder, files: Sequence[Files], *, deduplicate: bool, limits: Thresholds | None
+    ) -> None:
+        self.encoder, self.files, self.deduplicate, self.limits = encoder, files, deduplicate, limits
         self.sources = [
             SourceAudit(source.label, source.path, row_format)
             for source, row_format in zip(encoder.sources, encoder.formats)
@@ -194,7 +204,7 @@ class Count:
         jobs = (
             Job(index, block)
             for index, source in enumerate(self.encoder.sources)
-            for block in blocks(source, self.beyond[index])
+            for block in blocks(source, self.beyond[index], self.files[index])
         )
         for encoded in in_order(self.encoder, jobs, num_proc):
             batch = self._take(encoded)
@@ -222,7 +232,10 @@ class Count:
         batch = encoded.batch if kept.all() else encoded.batch.filter(pa.array(documents))
         self._count_documents(entry, encoded, documents, batch)
         if self.limits is not None and encoded.refused:
-            entry.check(self.limits)
+            try:
+                entry.check(self.limits)
+            except AuditError as error:
+                raise AuditError(f"{error}\nReading stopped there; `ptl data audit` counts them all.") from None
         return batch
 
     def _count_documents(self, entry: SourceAudit, encoded: Encoded, kept: np.ndarray, batch: pa.RecordBatch) -> None:

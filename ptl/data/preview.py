@@ -10,6 +10,7 @@ import numpy as np
 
 from ptl.data.batches import mask_of
 from ptl.data.encode import trained_tokens
+from ptl.data.files import resolve
 from ptl.data.readers import blocks, first_rows
 from ptl.data.records import parse_row
 from ptl.data.render import Renderer, RenderError, Truncation
@@ -48,9 +49,10 @@ def preview_rows(
 
     Arguments and errors as for ``prepare``.
     """
-    row_format = detect_format(source, () if source.format != "auto" else first_rows(source))
+    files = resolve(source)
+    row_format = detect_format(source, () if source.format != "auto" else first_rows(source, files=files))
     check_record(source, row_format, view.record)
-    numbered = ((block.file, line, row) for block in blocks(source) for line, row in block.rows())
+    numbered = ((block.file, line, row) for block in blocks(source, files=files) for line, row in block.rows())
     for file, line, row in islice(numbered, rows):
         origin = Origin(file, line)
         try:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ptl.data.files import DataFile, HubData, UnreadableFile, resolve
+from ptl.data.files import DataFile, Files, HubData, UnreadableFile, resolve
 from ptl.data.parsers import csv_rows, json_array_rows, table_rows
 from ptl.data.sources import BadRow, Source
 
@@ -106,18 +106,19 @@ def as_row(value: Any) -> Row:
     return BadRow("not_an_object", f"the row is a JSON {type(value).__name__}; expected an object")
 
 
-def blocks(source: Source, beyond: Beyond | None = None) -> Iterator[Block]:
+def blocks(source: Source, beyond: Beyond | None = None, files: Files | None = None) -> Iterator[Block]:
     """The rows of a source in order, as blocks.
 
     Args:
         source: the source; its ``limit`` counts rows, good or bad.
         beyond: filled with the number of rows after ``limit``.
+        files: the source's files where they were resolved already.
 
     Raises:
         ValueError: the path leads to no data, or a file cannot be read to its end.
     """
     left = source.limit
-    for file in resolve(source):
+    for file in resolve(source) if files is None else files:
         for block in file_blocks(file, left, beyond):
             left = None if left is None else left - block.count
             yield block
@@ -207,10 +208,10 @@ def _row_blocks(file: DataFile, limit: int | None, beyond: Beyond) -> Iterator[B
             yield Block(file.shown, batch[0][0], len(batch), size, batch)
 
 
-def first_rows(source: Source, count: int = 32) -> list[Mapping[str, Any]]:
+def first_rows(source: Source, count: int = 32, files: Files | None = None) -> list[Mapping[str, Any]]:
     """The first readable rows of a source, for telling its format."""
     rows: list[Mapping[str, Any]] = []
-    for block in blocks(source):
+    for block in blocks(source, files=files):
         rows += [row for _, row in block.rows() if not isinstance(row, BadRow)]
         if len(rows) >= count:
             break

@@ -48,7 +48,6 @@ def add_lora(model: nn.Module, lora: LoRA, *, token_ids: Sequence[int] = (), qua
     both = [row for row in rows if any(_is_called(row, module) for module in save_modules)]
     if both:
         raise ValueError(f"adapter.train_tokens and adapter.save_modules both train {both[0]}: keep one of the two")
-    scalar = hasattr(model, "score")
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  peft accepts a float
@@ -61,12 +60,11 @@ def add_lora(model: nn.Module, lora: LoRA, *, token_ids: Sequence[int] = (), qua
         trainable_token_indices=rows or None,
         modules_to_save=save_modules or None,
         ensure_weight_tying=ensure_tying,
-        task_type="SEQ_CLS" if scalar else "CAUSAL_LM",
+        task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
         bias="none",
     )
     fp32 = lora.dtype == "fp32" or (lora.dtype == "auto" and quantized)
-    second_step = bool(rows) and is_deepspeed_zero3_enabled()
-    if second_step:
+    if second_step := bool(rows) and is_deepspeed_zero3_enabled():
         config.trainable_token_indices = None
     wrapped: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=fp32)  # pyright: ignore
     if second_step:

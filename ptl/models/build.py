@@ -119,6 +119,8 @@ def _config(spec: ModelSpec, source: str) -> PreTrainedConfig:
         changed = AutoConfig.from_pretrained(source, **options, **overrides) if overrides else plain
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _not_found(spec, error) from error
+    if not overrides.get("auto_map", True):
+        delattr(changed, "auto_map")
     for key in spec.config_overrides:
         if key not in raw and not hasattr(plain, key):
             near = difflib.get_close_matches(key, list(plain.to_dict()), n=1)

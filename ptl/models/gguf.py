@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 SCHEME = "gguf://"
 SOURCE_FILE = "ptl_source.json"
@@ -92,14 +93,33 @@ def convert(
     from ptl.models.export import export, whole_folder
 
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    tokenizer = _as_in_file(AutoTokenizer.from_pretrained(**where), model.config.vocab_size)
     if tie:
         model.config.tie_word_embeddings = True
     with whole_folder(target) as temporary:
-        export(model, tokenizer, temporary, dtype=dtype, generation_eos=[tokenizer.eos_token_id])
+        export(model, tokenizer, temporary, dtype=dtype)
         (temporary / SOURCE_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return target
+
+
+def _as_in_file(tokenizer: Any, rows: int) -> Any:
+    """The tokenizer without the tokens that transformers invents beyond the file's vocabulary.
+
+    It makes every byte-level tokenizer a GPT-2 one, which adds ``<|endoftext|>`` where the file has none.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    if len(tokenizer) <= rows:
+        return tokenizer
+    facts = json.loads(tokenizer.backend_tokenizer.to_str())
+    invented = {token["content"] for token in facts["added_tokens"] if token["id"] >= rows}
+    facts["added_tokens"] = [token for token in facts["added_tokens"] if token["id"] < rows]
+    named = {name: token for name, token in tokenizer.special_tokens_map.items() if token not in invented}
+    kept = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(facts)), **named)
+    kept.chat_template = tokenizer.chat_template
+    return kept
 
 
 def convert_packaged_gguf(package: str, filename: str, sha256: str, out: str | Path, *, dtype: str = "bf16") -> Path:

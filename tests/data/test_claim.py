@@ -108,13 +108,13 @@ def test_a_killed_owner_of_this_machine_is_noticed_at_once(tmp_path):
     owner = SPAWN.Process(target=make_slowly, args=(str(target), str(log), 300.0))
     owner.start()
     until(lambda: any(path.name.startswith("key.tmp-") for path in tmp_path.iterdir()) and log.exists())
-    os.kill(owner.pid, signal.SIGKILL)
-    owner.join(30)
+    os.kill(owner.pid, signal.SIGKILL)  # and not joined: until then it is a zombie
     assert not target.exists() and claim_file(target).exists()
     said, began = [], time.monotonic()
     made_once(target, fill, patience=3600, say=said.append)
     assert time.monotonic() - began < 10 and any("no sign of life" in text for text in said)
     assert (target / "data").exists() and left_behind(target) == []
+    owner.join(30)
 
 
 def test_a_silent_owner_of_another_machine_is_taken_over_after_patience(tmp_path):

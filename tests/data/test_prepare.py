@@ -20,6 +20,7 @@ import pytest
 from ptl.data.audit import AuditError, Thresholds
 from ptl.data.batches import mask_of
 from ptl.data.cache_key import AFTER, cache_inputs, cache_key, code_version
+from ptl.data.files import resolve
 from ptl.data.prepare import audit_sources, prepare
 from ptl.data.render import Renderer, RenderPolicy
 from ptl.data.sources import Source
@@ -131,7 +132,7 @@ def test_law_8_a_broken_row_is_counted_and_stops_the_run(tmp_path, renderer, tok
     with pytest.raises(AuditError) as caught:
         run([path], renderer, tmp_path / "cache")
     line = 3 if name.endswith(".csv") else 2
-    for told in (f"{path}:{line}: {reason}: ", "1 of 3 rows", "data.thresholds.max_bad_fraction"):
+    for told in (f"{path}:{line}: {reason}: ", "1 of 3 rows", "ptl data audit", "data.thresholds.max_bad_fraction"):
         assert told in str(caught.value)
     assert [entry.name for entry in (tmp_path / "cache").iterdir() if entry.is_dir()] == []
     prepared = balanced(run([path], renderer, tmp_path / "cache", max_bad_fraction=0.34))
@@ -324,17 +325,19 @@ def test_trap_sft_15_disjoint_tool_arguments_render_the_same_from_any_file(tmp_p
 
 def key(sources, renderer, **options):
     settings = {"view": ChatView(), "max_length": 512, "truncation": "drop", "deduplicate": False, **options}
-    return cache_key(cache_inputs(sources, renderer=renderer, **settings))
+    return cache_key(cache_inputs(sources, [resolve(source) for source in sources], renderer=renderer, **settings))
 
 
 SAME_KEY = """
 import sys
 from tests import tiny
 from ptl.data.cache_key import cache_inputs, cache_key
+from ptl.data.files import resolve
 from ptl.data.render import Renderer
 from ptl.data.sources import Source
 from ptl.data.views import ChatView
-inputs = cache_inputs([Source(path=sys.argv[1])], view=ChatView(), renderer=Renderer(tiny.make_tokenizer()),
+source = Source(path=sys.argv[1])
+inputs = cache_inputs([source], [resolve(source)], view=ChatView(), renderer=Renderer(tiny.make_tokenizer()),
                       max_length=512, truncation="drop", deduplicate=False)
 print(cache_key(inputs))
 """
@@ -428,11 +431,11 @@ prepare([Source(path=sys.argv[1])], view=ChatView(), renderer=Renderer(tiny.make
 
 
 def test_law_6_a_killed_preparation_leaves_no_cache_and_is_made_anew(tmp_path, renderer):
-    rows = chats(20_000, words=(1, 2), most_turns=1)
+    rows = chats(6_000, words=(1, 2), most_turns=1)
     path, cache = jsonl(tmp_path / "a.jsonl", rows), tmp_path / "cache"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(path), str(cache)])
     end = time.monotonic() + 60
-    while not any(part.stat().st_size > 0 for part in cache.glob("*.tmp-*/rows-*.arrow")):
+    while not any(part.stat().st_size > 0 for part in cache.glob("*.tmp-*/lengths.npy")):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -442,8 +445,17 @@ def test_law_6_a_killed_preparation_leaves_no_cache_and_is_made_anew(tmp_path, r
     run([path], renderer, cache)  # other data, another key: nothing in the way
     jsonl(path, rows)
     prepared = run([path], renderer, cache)
-    assert prepared.audit.sources[0].rows == len(prepared.rows) == 20_000
+    assert prepared.audit.sources[0].rows == len(prepared.rows) == 6_000
     assert sorted(entry.suffix for entry in cache.iterdir()) == ["", ""]
+
+
+def test_progress_is_told_in_a_log(tmp_path, renderer, monkeypatch, capsys):
+    monkeypatch.setattr("ptl.data.report.LINE_EVERY", -1.0)
+    path = jsonl(tmp_path / "a.jsonl", chats(30))
+    run([path], renderer, tmp_path / "cache", quiet=False)
+    assert "ptl: preparing data: 30 rows, " in (told := capsys.readouterr().err) and "about 100%" in told
+    run([path], renderer, tmp_path / "other")
+    assert "preparing" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

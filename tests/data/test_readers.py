@@ -5,6 +5,8 @@ import gzip
 import json
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import pyarrow as pa
@@ -308,3 +310,42 @@ def test_the_identity_follows_the_content_of_small_files_and_samples_large_ones(
         path.write_bytes(changed)
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         assert file_identity(path)[:2] == before[:2] and file_identity(path) != before
+
+
+HUB = """
+import json, sys
+from pathlib import Path
+from datasets import Dataset, DatasetInfo
+from datasets.arrow_writer import ArrowWriter
+from ptl.data.files import resolve
+from ptl.data.readers import blocks
+from ptl.data.sources import Source
+rows = [{"text": f"row {i}"} for i in range(3)]
+folder = Path(sys.argv[1]) / "owner___name" / "small" / "0.0.0" / ("a" * 40)
+folder.mkdir(parents=True)
+features = Dataset.from_list(rows).features
+with ArrowWriter(path=str(folder / "name-train.arrow"), features=features) as writer:
+    for row in rows:
+        writer.write(row)
+    examples, size = writer.finalize()
+split = {"name": "train", "num_examples": examples, "num_bytes": size, "dataset_name": "name"}
+names = {"builder_name": "parquet", "dataset_name": "name", "config_name": "small", "version": "0.0.0"}
+DatasetInfo(features=features, splits={"train": split}, **names).write_to_directory(str(folder))
+source = Source(path="owner/name:small")
+assert [row for block in blocks(source) for _, row in block.rows()] == rows
+(file,) = resolve(source)
+assert file.shown == "owner/name:small[train]" and file.identity() == resolve(source)[0].identity()
+try:
+    resolve(Source(path="owner/name:small", split="test"))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_hub_name_is_read_from_the_cache_of_datasets(tmp_path):
+    """As a compute node without a network finds what the login node has downloaded."""
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", HUB, str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert out.returncode == 0, out.stderr
+    assert "owner/name:small" in out.stdout and "split 'test'" in out.stdout

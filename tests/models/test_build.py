@@ -13,6 +13,7 @@ from ptl.models.adapters import is_adapted, load_adapter
 from ptl.models.export import export, largest_logit_change
 from ptl.models.spec import LoRA, ModelSpec
 from tests import tiny
+from tests.ranks import run_ranks
 
 DOCUMENTS = [[5, 9, 20, 33, 41, 7], [100, 101, 102, 11]]
 ROWS = [3, 8]
@@ -97,8 +98,9 @@ ADAPTERS = {
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_law_9_what_is_exported_loads_elsewhere_to_the_same_logits(kind, tie, folders, tokenizer, tmp_path):
     spec = ModelSpec(name=str(folders[tie]), adapter=ADAPTERS[kind])
+    torch.manual_seed(0)
     model = spec.build()
-    losses = train(model)
+    losses = train(model, lr=0.01)
     assert losses[-1] < losses[0]
     export(model, tokenizer, tmp_path / "merged", generation_eos=[1])
     merged = reload(tmp_path / "merged")
@@ -206,3 +208,96 @@ def test_a_scalar_head_is_fp32_and_gives_one_number(folders):
     model = ModelSpec(name=str(folders[True]), head="scalar", dtype="bf16").build()
     out = model(input_ids=torch.tensor([DOCUMENTS[0]]), use_cache=False).logits
     assert out.shape == (1, 1) and out.dtype == torch.float32
+
+
+def count_passes(model) -> list[int]:
+    """Grows by one each time that a layer's attention runs."""
+    passes: list[int] = []
+    for name, module in model.named_modules():
+        if name.endswith("self_attn"):
+            module.register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
+@pytest.mark.parametrize("adapter", [None, LoRA(rank=4)], ids=["full", "lora"])
+def test_trap_scale_0_4_gradient_checkpointing_recomputes_each_layer(adapter, folders):
+    """In eval mode the library skips it without a word."""
+    ids = torch.tensor([DOCUMENTS[0]])
+    for on in (False, True):
+        model = ModelSpec(name=str(folders[True]), adapter=adapter, gradient_checkpointing=on).build()
+        passes = count_passes(model)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        assert len(passes) == (4 if on else 2)
+
+
+def test_a_random_model_needs_no_weights(folders, tmp_path):
+    shutil.copy(folders[True] / "config.json", tmp_path)
+    with pytest.raises(ValueError, match="random_init: true"):
+        ModelSpec(name=str(tmp_path)).build()
+    model = ModelSpec(name=str(tmp_path), random_init=True, config_overrides={"num_hidden_layers": 5}).build()
+    assert len(model.model.layers) == 5 and model.training and all(p.requires_grad for p in model.parameters())
+    assert not torch.equal(model.lm_head.weight, reload(folders[True]).lm_head.weight)
+
+
+def test_fewer_layers_are_the_first_ones_and_more_are_refused(folders):
+    fewer = ModelSpec(name=str(folders[True]), config_overrides={"num_hidden_layers": 1}).build()
+    whole = reload(folders[True])
+    assert len(fewer.model.layers) == 1
+    assert torch.equal(fewer.model.layers[0].mlp.up_proj.weight, whole.model.layers[0].mlp.up_proj.weight)
+    with pytest.raises(ValueError, match="lacks 9 weights of its model, first model.layers.2"):
+        ModelSpec(name=str(folders[True]), config_overrides={"num_hidden_layers": 3}).build()
+    with pytest.raises(ValueError, match="no key 'num_hiden_layers'; did you mean 'num_hidden_layers'"):
+        ModelSpec(name=str(folders[True]), config_overrides={"num_hiden_layers": 3}).build()
+
+
+def test_the_librarys_own_class_may_be_chosen_over_foreign_code(folders, tmp_path):
+    folder = tmp_path / "code"
+    shutil.copytree(folders[True], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration.Evil", "AutoModelForCausalLM": "modeling.Evil"}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = ModelSpec(name=str(folder), config_overrides={"auto_map": None}).build()
+    assert largest_logit_change(model, reload(folders[True]), DOCUMENTS) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: folder, "has no config.json"),
+        (lambda folder: folder / "export" / "config.json", "is a run folder: give its model"),
+        (lambda folder: folder / "adapter_config.json", "is an adapter, not a model: merge it"),
+    ],
+    ids=["empty", "run", "adapter"],
+)
+def test_a_folder_that_is_no_model_is_told_apart(make, words, tmp_path):
+    path = make(tmp_path)
+    if path != tmp_path:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    with pytest.raises(ValueError, match=words) as refusal:
+        ModelSpec(name=str(tmp_path)).build()
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_hub_name_that_cannot_be_had_is_one_line():
+    with pytest.raises(ValueError, match="cannot read the model 'nobody/nothing'") as refusal:
+        ModelSpec(name="nobody/nothing").build()
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory, tokenizer):
+    root = tmp_path_factory.mktemp("zero3")
+    base = tiny.save_folder(root / "base", tokenizer, seed=3)
+    arguments = {"folder": str(base), "out": str(root / "out")}
+    return run_ranks("tests.models.zero_build:compare", world_size=2, args=arguments, timeout=280)
+
+
+@pytest.mark.parametrize("kind", ["full", "recomputed", "dora", "pissa", "rows", "matrix", "scalar", "nf4", "nf4 rows"])
+def test_trap_scale_0_3_a_model_built_under_zero_3_learns_as_one_built_alone(kind, on_two_ranks):
+    """Adapters, heads and rows are made whole after the base was sharded; made inside it, B would not start at 0."""
+    for result in (ranks[kind] for ranks in on_two_ranks):
+        assert result["losses"] == pytest.approx(result["expected"], rel=1e-5)
+        assert not result["adapter sharded"]
+        assert (result["sharded"] > 0) == (not kind.startswith("nf4"))
+    assert on_two_ranks[0][kind]["export"] < 1e-4

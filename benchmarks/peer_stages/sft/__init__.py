@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", choices=("none", "lora"), default="none", help="lora: rank 16, every linear layer")
     parser.add_argument("--lora-dtype", choices=("auto", "base", "fp32"), default="auto", help="ptl's adapter weights")
     parser.add_argument("--max-length", type=int, help="tokens a row may have; default the upper end of --tokens")
-    parser.add_argument("--micro", type=int, default=8, help="rows of a forward pass on ptl's side")
+    parser.add_argument("--micro", type=int, default=2, help="rows of a forward pass on ptl's side")
     parser.add_argument("--layout", choices=("packed", "padded"), default="packed", help="of ptl's batches")
     parser.add_argument("--trl-micro", type=int, default=8, help="per_device_train_batch_size (TRL's default is 8)")
     parser.add_argument(

@@ -1,0 +1,112 @@
+"""``ptl export``: adapters merged onto the base they were trained on, and nothing written over."""
+
+import re
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from ptl.apps import export
+from ptl.apps.runs import Found, load_model, resolve_model
+from ptl.models.export import export as write
+from ptl.models.export import largest_logit_change
+from ptl.models.quantize import is_quantized
+from ptl.models.spec import LoRA, ModelSpec
+from tests import tiny
+
+DOCUMENTS = [[5, 9, 20, 33, 41, 7]]
+
+
+@pytest.fixture(scope="module")
+def qlora(tmp_path_factory, tokenizer):
+    """A run folder of a QLoRA training: its adapter, its merged export, and the base that both stand on."""
+    root = tmp_path_factory.mktemp("qlora")
+    tiny.save_folder(root / "base", tokenizer, hidden=128)
+    torch.manual_seed(1)
+    spec = ModelSpec(name=str(root / "base"), quantize="nf4", adapter=LoRA(rank=4, init="gaussian"))
+    model = spec.build()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    write(model, tokenizer, root / "run" / "export_adapter", merged=False, spec=spec)
+    write(model, tokenizer, root / "run" / "export")
+    return root
+
+
+def change(text: str) -> float:
+    found = re.search(r"largest logit change against the live model: (\S+)", text)
+    assert found is not None
+    return float(found.group(1))
+
+
+def test_trap_sft_12_qlora_is_merged_onto_its_dequantised_base_and_says_what_it_cost(qlora, tmp_path, capsys):
+    run = str(qlora / "run")
+    assert export.main([run, "--out", str(tmp_path / "own"), "--dtype", "fp32"]) == 0
+    own = change(capsys.readouterr().out)
+    assert export.main([run, "--out", str(tmp_path / "original"), "--dtype", "fp32", "--base", "original"]) == 0
+    original = change(capsys.readouterr().out)
+    assert own < 1e-4 < 1e-2 < original
+    live = load_model(resolve_model(run, adapter=True))
+    assert is_quantized(live)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "own")
+    assert not is_quantized(plain) and largest_logit_change(live, plain, DOCUMENTS) < 1e-4
+
+
+def test_a_run_is_found_in_its_parts(qlora):
+    run = qlora / "run"
+    assert resolve_model(str(run)) == Found(str(run / "export"), False)
+    assert resolve_model(str(run), adapter=True) == Found(str(run / "export_adapter"), True)
+    assert resolve_model(str(run / "export_adapter")) == Found(str(run / "export_adapter"), True)
+    assert resolve_model(str(qlora / "base")) == Found(str(qlora / "base"), False)
+    assert resolve_model("someone/some-model") == Found("someone/some-model", False)
+
+
+def test_the_adapter_alone_loads_with_peft(tokenizer, tmp_path, model_folder, capsys):
+    torch.manual_seed(0)
+    spec = ModelSpec(name=str(model_folder), adapter=LoRA(rank=4, init="pissa"))
+    model = spec.build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    write(model, tokenizer, tmp_path / "adapter", merged=False, spec=spec)
+    assert export.main([str(tmp_path / "adapter"), "--out", str(tmp_path / "again"), "--adapter-only"]) == 0
+    assert change(capsys.readouterr().out) == 0.0
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "again")
+    assert largest_logit_change(model, loaded, DOCUMENTS) < 1e-5
+
+
+def test_a_full_model_changes_its_dtype(model_folder, tmp_path, capsys):
+    assert export.main([str(model_folder), "--out", str(tmp_path / "bf16"), "--dtype", "bf16"]) == 0
+    out = capsys.readouterr().out
+    assert "bfloat16" in out and 0 < change(out) < 0.1
+    assert {p.dtype for p in AutoModelForCausalLM.from_pretrained(tmp_path / "bf16").parameters()} == {torch.bfloat16}
+
+
+def test_nothing_is_written_over_unless_asked(model_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert export.main([str(model_folder), "--out", str(out)]) == 0
+    assert export.main([str(model_folder), "--out", str(out)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert export.main([str(model_folder), "--out", str(out), "--overwrite", "--dtype", "bf16"]) == 0
+    assert export.main([str(model_folder), "--out", str(model_folder), "--overwrite"]) == 2
+    assert "is the model that is read" in capsys.readouterr().err
+    (out / "config.json").unlink()
+    assert export.main([str(model_folder), "--out", str(out), "--overwrite"]) == 2
+    assert "holds no model" in capsys.readouterr().err
+    assert export.main([str(model_folder), "--out", str(tmp_path / "a"), "--adapter-only"]) == 2
+    assert "has no adapter" in capsys.readouterr().err
+
+
+def test_a_models_foreign_code_is_never_run(model_folder, tmp_path, capsys):
+    import json
+    import shutil
+
+    folder = tmp_path / "code"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "modeling.Evil"}}))
+    (folder / "modeling.py").write_text("raise SystemExit('ran')\n")
+    assert export.main([str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert "its own Python code" in capsys.readouterr().err
