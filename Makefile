@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-slow demo clean
+.PHONY: help install check format test test-slow demo distill-demo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,16 @@ test-slow: $(STAMP) ## real-model tests and long runs
 
 demo: $(STAMP) ## fine-tune SmolLM2-135M with LoRA on real conversations, on the CPU
 	$(BIN)/python -m ptl.apps.demo
+
+KD := configs/recipes/distill_demo
+distill-demo: $(STAMP) ## distil SmolLM2-135M into 12 of its layers, beside plain SFT and SFT on the teacher's answers
+	$(BIN)/python -c "from ptl.apps.demo import unpack; unpack()"
+	rm -rf runs/distill-demo
+	$(BIN)/ptl fit -c $(KD)_sft.yaml --run.dir runs/distill-demo/sft
+	$(BIN)/ptl synth teacher -c $(KD).yaml --answers runs/distill-demo/answers.jsonl --max-new-tokens 64 --keep-unfinished
+	$(BIN)/ptl fit -c $(KD)_sft.yaml --data.train '[{path: runs/distill-demo/answers.jsonl, name: questions}]' \
+		--run.dir runs/distill-demo/sequence
+	$(BIN)/ptl fit -c $(KD).yaml -c configs/overlay/distill_compare.yaml --run.dir runs/distill-demo/distilled
 
 clean: ## remove caches and runs; .venv and assets stay
 	rm -rf .pytest_cache .ruff_cache .import_linter_cache runs

@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,15 +68,21 @@ def measure(case: Case, side: str) -> dict[str, float]:
         total.backward()
 
     step(*inputs(64, 1024))  # loads the libraries
-    given = inputs(case.tokens, case.vocab)
-    before = _reset_peak(case.device)
+    return increase(step, inputs(case.tokens, case.vocab), case.device)
+
+
+def increase(step: Callable[..., None], given: Sequence[Any], device: str) -> dict[str, float]:
+    """``peak_mib``: the most that ``step(*given)`` held beyond what was held before it; and its ``seconds``."""
+    before = _reset_peak(device)
     # On the CPU the process's own time, in which other work on the machine does not count.
-    clock = time.perf_counter if case.device == "cuda" else time.process_time
+    clock = time.perf_counter if device == "cuda" else time.process_time
     start = clock()
     step(*given)
-    if case.device == "cuda":
+    if device == "cuda":
+        import torch
+
         torch.cuda.synchronize()
-    return {"seconds": clock() - start, "peak_mib": (_peak(case.device) - before) / MIB}
+    return {"seconds": clock() - start, "peak_mib": (_peak(device) - before) / MIB}
 
 
 def _reset_peak(device: str) -> int:
@@ -108,21 +115,36 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
 
+def run_one(module: str, case: Any, side: str, timeout: float) -> dict[str, float]:
+    """What ``python -m module --one`` measures of one side, in a new process.
+
+    Arguments:
+        module: a benchmark whose ``--one`` takes ``{"side", **case}`` as JSON and prints its measurement last.
+        case: a dataclass.
+        side: which of the two.
+        timeout: seconds.
+
+    Raises:
+        RuntimeError: it failed, with the end of what it wrote.
+        subprocess.TimeoutExpired: it took longer than ``timeout``.
+    """
+    command = [sys.executable, "-m", module, "--one", json.dumps({"side": side, **asdict(case)})]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    if done.returncode:
+        raise RuntimeError(f"{side} {case} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def compare(case: Case, runs: int, timeout: float) -> dict[str, Any]:
     """Both sides, ``runs`` times in turn, each in a new process; medians."""
     results: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(runs):
         for side in SIDES:
-            command = [sys.executable, "-m", "benchmarks.memory", "--one", json.dumps({"side": side, **asdict(case)})]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-            if done.returncode:
-                raise RuntimeError(f"{side} {case} failed:\n{done.stderr[-2000:]}")
-            results[side].append(json.loads(done.stdout.splitlines()[-1]))
+            results[side].append(run_one("benchmarks.memory", case, side, timeout))
     medians = {
         side: {key: sorted(r[key] for r in rows)[runs // 2] for key in ("seconds", "peak_mib")}
         for side, rows in results.items()
     }
-    plain, fused = medians["plain"], medians["fused"]
     return {
         "stage": "sft",
         "variant": f"{case.adapter}-{case.dtype}",
@@ -131,6 +153,13 @@ def compare(case: Case, runs: int, timeout: float) -> dict[str, Any]:
         "tokens": case.tokens,
         "peer": "torch: all logits, cross_entropy",
         "pairs": runs,
+        **beside(medians["fused"], medians["plain"]),
+    }
+
+
+def beside(fused: Mapping[str, float], plain: Mapping[str, float]) -> dict[str, float]:
+    """The measurements of a recorded line."""
+    return {
         "peak_mib": round(fused["peak_mib"], 1),
         "peer_peak_mib": round(plain["peak_mib"], 1),
         "memory_ratio": round(fused["peak_mib"] / plain["peak_mib"], 4),

@@ -16,6 +16,7 @@ TRAINING = {
 LIGHT = {
     "data": ("ptl.apps.data", "preview, audit or prepare training data"),
     "export": ("ptl.apps.export", "merge adapters and write a plain Hugging Face folder"),
+    "synth": ("ptl.apps.synth", "let a teacher score or answer a data set, or make a student of a teacher"),
     "chat": ("ptl.apps.chat", "talk to a model or to a run folder"),
 }
 

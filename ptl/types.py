@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -168,6 +169,8 @@ class TokenBatch(NamedTuple):
             divided by.
         cu_seqlens: int32 [D + 1] or None.
         attention_mask: int64 [B, T] or None.
+        rows: int64 [D], index of each document in the prepared rows, or None where the batch was not read from them:
+            with ``position_ids`` it names a token whatever the order, the packs and the micro-batches.
     """
 
     input_ids: Tensor
@@ -178,6 +181,29 @@ class TokenBatch(NamedTuple):
     window_weight: Tensor
     cu_seqlens: Tensor | None = None
     attention_mask: Tensor | None = None
+    rows: Tensor | None = None
+
+    def on(self, device: torch.device | str) -> TokenBatch:
+        """The batch on a device."""
+        return TokenBatch(*(None if t is None else t.to(device) for t in self))  # pyright: ignore[reportArgumentType]
+
+
+class SparseTargets(NamedTuple):
+    """What a teacher said about N tokens, kept in part: some entries of its distribution and what they leave out.
+
+    Attributes:
+        ids: int64 [N, K], distinct vocabulary ids of a row; -1 where a row has fewer than K.
+        logprobs: float32 [N, K], their log-probabilities; of a sample, the logs of their shares of the draws. -inf
+            where ``ids`` is -1.
+        tail: float32 [N], log of the probability of all other ids together; -inf where nothing is left out, as in a
+            sample.
+        entropy: float32 [N], entropy in nats of the whole distribution at the temperature of the log-probabilities.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail: Tensor
+    entropy: Tensor
 
 
 class LossOutput(NamedTuple):

@@ -68,10 +68,23 @@ class StepClock:
 
 
 def matmul_rate(device: str, dtype: torch.dtype, *, size: int = 2048, seconds: float = 0.5) -> float:
-    """FLOP/s of a square matrix product of ``size``, the best of repetitions over ``seconds`` after one to warm up."""
+    """FLOP/s of a square matrix product of ``size``, the best of repetitions over ``seconds`` after one to warm up.
+
+    The size is halved until a product takes no longer than ``seconds``: a processor without units for a type can be
+    hundreds of times slower in it.
+    """
+    small = min(size, 128)
+    fastest = _product_seconds(device, dtype, small, seconds / 10)
+    while size > small and fastest * (size / small) ** 3 > seconds:
+        size //= 2
+    return 2 * size**3 / _product_seconds(device, dtype, size, seconds)
+
+
+def _product_seconds(device: str, dtype: torch.dtype, size: int, seconds: float) -> float:
+    """The shortest time of a product of ``size``."""
     left = torch.randn(size, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)
-    best = 0.0
+    best = float("inf")
     (left @ right).sum()
     synchronize(device)
     end = time.perf_counter() + seconds
@@ -80,6 +93,6 @@ def matmul_rate(device: str, dtype: torch.dtype, *, size: int = 2048, seconds: f
         torch.mm(left, right)
         synchronize(device)
         now = time.perf_counter()
-        best = max(best, 2 * size**3 / (now - start))
+        best = min(best, now - start)
         if now > end:
             return best

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
+import logging
+import os
+import runpy
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,17 @@ def corpus_rows(language: str, topics: Sequence[str] | None = None) -> Iterator[
             for turns in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
                 if len(turns) >= 2 and all(isinstance(turn, str) and turn.strip() for turn in turns[:2]):
                     yield _row([turn.strip() for turn in turns[:2]])
+
+
+def question_rows(*, held_out: bool) -> Iterator[dict[str, Any]]:
+    """The English dialogues with each question once; every tenth question is held out."""
+    seen: set[str] = set()
+    for row in corpus_rows("english", TOPICS):
+        question = row["messages"][0]["content"]
+        if question not in seen:
+            if (len(seen) % 10 == 9) == held_out:
+                yield row
+            seen.add(question)
 
 
 def chat_rows(count: int, turns: int = 6) -> Iterator[dict[str, Any]]:
@@ -91,6 +105,8 @@ def unpack() -> None:
         "english.jsonl": lambda: corpus_rows("english", TOPICS),
         "french.jsonl": lambda: corpus_rows("french"),
         "chats.jsonl": lambda: chat_rows(100),
+        "questions.jsonl": lambda: question_rows(held_out=False),
+        "questions_held_out.jsonl": lambda: question_rows(held_out=True),
     }
     for name, make in makers.items():
         if not (DATA / name).exists():
@@ -115,21 +131,44 @@ def before_and_after(run: Path) -> None:
     console.print(table)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [(row["step"], row["val/loss"]) for row in rows if "val/loss" in row]
-    console.print("held-out loss: " + " -> ".join(f"{loss:.3f} (step {step})" for step, loss in losses))
+    # The first is the model's before training; a later one is logged under the step, from 0, that came before it.
+    told = [f"{loss:.3f} {f'at step {step + 1}' if i else 'before'}" for i, (step, loss) in enumerate(losses)]
+    console.print("held-out loss: " + " -> ".join(told), highlight=False)
+
+
+def hush() -> None:
+    """Turns off, by their own switches, what libraries say that is no news to someone who watches the demo."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of a second each
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+    importlib.import_module("lightning.pytorch")  # sets its loggers' levels when it is imported
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def fit(arguments: Sequence[str]) -> int:
+    """``python -m ptl.cli fit`` in this process, where the libraries have been hushed; its exit code."""
+    sys.argv[1:] = ["fit", *arguments]
+    try:
+        runpy.run_module("ptl.cli", run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Unpacks, trains, shows; further arguments go to ``ptl fit``."""
     extra = list(sys.argv[1:] if argv is None else argv)
     start = time.monotonic()
+    print("Fine-tuning SmolLM2-135M-Instruct with LoRA on English and French conversations, on this CPU.", flush=True)
+    hush()
     try:
         unpack()
     except (ValueError, OSError) as mistake:
         print(f"ptl demo: error: {mistake}", file=sys.stderr)
         return 2
     run = Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
-    command = [sys.executable, "-m", "ptl.cli", "fit", "-c", RECIPE, "--run.dir", str(run), *extra]
-    code = subprocess.run(command).returncode
+    code = fit(["-c", RECIPE, "--run.dir", str(run), *extra])
     if code != 0:
         return code
     before_and_after(run)

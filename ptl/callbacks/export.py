@@ -97,7 +97,7 @@ class Export(L.Callback):
         if self.merged:
             written.append(export(policy, renderer.tokenizer, run_dir / FOLDER, dtype=self.dtype, **options))
         # The adapter of a base that exists nowhere else would be of no use.
-        stands = spec is not None and not spec.random_init and not spec.config_overrides
+        stands = spec is not None and not (spec.random_init or spec.config_overrides or spec.shrink is not None)
         if self.adapter and is_adapted(policy) and stands:
             folder = run_dir / ADAPTER_FOLDER
             written.append(export(policy, renderer.tokenizer, folder, dtype=None, merged=False, **options))

@@ -6,10 +6,12 @@ together.
 
 from __future__ import annotations
 
+import time
 from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
@@ -17,6 +19,8 @@ from ptl.callbacks.throughput import log_metrics
 
 NO_STEP = 2**53
 """Above any step number, and exact in float64."""
+SLOW_BF16 = 4.0
+"""How many times slower than float32 a CPU may be in bf16 before it is said; one with bf16 instructions is faster."""
 
 
 class DivergedError(RuntimeError):
@@ -43,6 +47,8 @@ class Health(L.Callback):
     checkpoint is written, or at the end, and named with the step where it first occurred. ZeRO stops by itself when it
     skips step after step.
 
+    At the start of a fit on a CPU that has no fast bf16, a line says so where the run would compute in it.
+
     Arguments:
         every_n_steps: optimizer steps between looks; the trainer's ``log_every_n_steps`` by default.
 
@@ -57,6 +63,21 @@ class Health(L.Callback):
         self._first_bad = torch.full((), float(NO_STEP), dtype=torch.float64)
         self._norm: Tensor | None = None
         self._global_step = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" or not trainer.is_global_zero or trainer.strategy.root_device.type != "cpu":
+            return
+        keys = bf16_keys(str(trainer.precision), getattr(getattr(pl_module, "spec", None), "dtype", None))
+        if keys and (slowdown := bf16_slowdown()) > SLOW_BF16:
+            got, change = " and ".join(f"{key} {value}" for key, value, _ in keys), [f"{k}: {v}" for k, _, v in keys]
+            Console(stderr=True).print(
+                f"ptl: warning: got {got}, but this CPU computes {slowdown:.0f} times slower in bf16 than in fp32; "
+                f"expected on it {', '.join(change)}",
+                style="yellow",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first_bad = torch.full((), float(NO_STEP), dtype=torch.float64, device=trainer.strategy.root_device)
@@ -120,3 +141,33 @@ class Health(L.Callback):
                 "Lower the learning rate (model.optimizer.lr), clip gradients (trainer.gradient_clip_val: 1.0) or look "
                 "at the data of that step, then resume from the last checkpoint"
             )
+
+
+def bf16_keys(precision: str, dtype: str | None) -> list[tuple[str, str, str]]:
+    """Keys of a run that make it compute in bf16, each with its value and the one that does not.
+
+    Arguments:
+        precision: the trainer's.
+        dtype: the policy's, where there is one.
+    """
+    keys = []
+    if precision.startswith("bf16"):
+        keys.append(("trainer.precision", precision, "32-true"))
+    if dtype == "bf16":
+        keys.append(("model.init_args.policy.dtype", dtype, "fp32"))
+    return keys
+
+
+def bf16_slowdown(size: int = 192) -> float:
+    """Time of a [size, size] matrix product on the CPU in bf16 over its time in fp32, by a probe of about 50 ms."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.ones(size, size, dtype=dtype)
+        best = float("inf")
+        for _ in range(3):  # the first one also makes the kernel
+            start = time.perf_counter()
+            torch.mm(matrix, matrix)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds(torch.bfloat16) / seconds(torch.float32)

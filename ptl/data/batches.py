@@ -47,7 +47,8 @@ def collate_tokens(
     """One micro-batch.
 
     Args:
-        rows: D documents with ``ids``, ``spans``, ``span_weights`` and ``source``.
+        rows: D documents with ``ids``, ``spans``, ``span_weights``, ``source`` and, where they come from prepared
+            rows, their index ``row``.
         layout: ``packed``, one row [1, sum of lengths] without padding, bounds in ``cu_seqlens``; or ``padded``, a
             document a row [D, longest length]. Padding is told by length, never by its id, which may be a real token.
         pad_id: id that fills a padded row; unused by ``packed``.
@@ -73,6 +74,7 @@ def collate_tokens(
         sources=_sources(rows),
         window_weight=torch.tensor(window_weight, dtype=torch.float64),
         attention_mask=torch.from_numpy(real.astype(np.int64)),
+        rows=_rows(rows),
     )
 
 
@@ -90,6 +92,7 @@ def _packed(rows: Sequence[Mapping[str, Any]], lengths: np.ndarray, window_weigh
         sources=_sources(rows),
         window_weight=torch.tensor(window_weight, dtype=torch.float64),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        rows=_rows(rows),
     )
 
 
@@ -102,3 +105,9 @@ def _document_mask(row: Mapping[str, Any], length: int) -> np.ndarray:
 
 def _sources(rows: Sequence[Mapping[str, Any]]) -> Tensor:
     return torch.tensor([int(row["source"]) for row in rows], dtype=torch.int64)
+
+
+def _rows(rows: Sequence[Mapping[str, Any]]) -> Tensor | None:
+    if not all("row" in row for row in rows):
+        return None
+    return torch.tensor([int(row["row"]) for row in rows], dtype=torch.int64)

@@ -71,10 +71,10 @@ class RowDataset(Dataset[Any]):
         self._pad_id = pad_id
 
     def __getitem__(self, index: MicroBatch) -> Any:
-        examples = table_rows(self._rows[index.rows.tolist()])
+        numbers = index.rows.tolist()
         examples = [
-            self._view.without_weight(example) if filler else example
-            for example, filler in zip(examples, index.filler.tolist())
+            {**(self._view.without_weight(example) if filler else example), "row": number}
+            for example, number, filler in zip(table_rows(self._rows[numbers]), numbers, index.filler.tolist())
         ]
         return self._view.collate(examples, layout=self._layout, pad_id=self._pad_id, window_weight=index.window_weight)
 

@@ -200,6 +200,20 @@ class ChatDataModule(L.LightningDataModule):
         own = {"train", "val"} if self.val_sources else {"train"}
         return {name: part.prepared.audit for name, part in self._parts.items() if name in own}
 
+    def prepared_rows(self, stage: str) -> Prepared:
+        """The rows that ``TokenBatch.rows`` counts, in ``train``, ``val`` or ``test``.
+
+        Those of ``val`` are the training rows where a fraction of them is held out.
+
+        Raises:
+            ValueError: the module has no validation rows.
+        """
+        self.prepare()
+        part = self._parts.get("train" if stage == "train" else "val")
+        if part is None:
+            raise ValueError(f"there are no rows for {stage}: set data.val or data.val_fraction")
+        return part.prepared
+
     def source_names(self, stage: str) -> tuple[str, ...]:
         """Names of the sources that ``TokenBatch.sources`` counts, in ``train``, ``val`` or ``test``."""
         self.prepare()
@@ -309,6 +323,11 @@ class ChatDataModule(L.LightningDataModule):
     def test_dataloader(self) -> Loader | list[Loader]:
         """The validation rows: there is no third part."""
         return self.val_dataloader()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Lets the objective change the batch on its device before the step; see ``Objective.prepare``."""
+        prepare = getattr(self.trainer.lightning_module, "prepare", None) if self.trainer else None
+        return prepare(batch) if callable(prepare) else batch
 
     def _keep(self, part: str, loader: Loader) -> None:
         """Takes the place of the part's former loader, whose worker processes end."""

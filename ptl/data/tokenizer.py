@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer
 
+from ptl.models.gguf import is_gguf, plain_folder
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -27,7 +29,8 @@ def load_tokenizer(
     a conversation needs one.
 
     Args:
-        name: folder that ``save_pretrained`` wrote, path of a ``.gguf`` file, or hub name.
+        name: folder that ``save_pretrained`` wrote, hub name, ``.gguf`` file, or ``gguf://PACKAGE/FILE.gguf``. A GGUF
+            file is read as a model of that name is: out of the plain folder that it is converted to the first time.
         template: None keeps the tokenizer's own chat template; else a packaged name (``chatml``, ``im_sep``), the path
             of a ``.jinja`` file, or the Jinja text itself.
         trust_remote_code: run Python code that the model's author put beside the tokenizer.
@@ -36,16 +39,14 @@ def load_tokenizer(
         ValueError: no such folder or name, no fast tokenizer in it, or no such template.
     """
     source = resolve_template(template)
-    location, options = str(name), {}
-    if location.endswith(".gguf"):
-        location, options = str(Path(location).parent), {"gguf_file": Path(location).name}
+    location = str(plain_folder(str(name))) if is_gguf(str(name)) else str(name)
     looks_local = Path(location).is_absolute() or location.startswith(".") or location.count("/") > 1
     if looks_local and not Path(location).is_dir():
         raise ValueError(
             f"tokenizer: no folder {location!r}; expected a folder that holds tokenizer.json, or a hub name"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         cause = " ".join(str(error).split())[:300]
         if "trust_remote_code" in str(error):

@@ -71,8 +71,8 @@ def run(
     gradients = [make(t) if t is not None and want else None for t, want in zip(inputs, wanted)]
     d_hidden, d_weight, d_bias, d_reduced, d_up = gradients
     bias_sum = None if d_bias is None else weights.new_zeros(vocab)
-    chunk = _chunk_rows(n, vocab, inputs.hidden, options.chunk_tokens)
-    block = _block_rows(chunk, vocab, weights)
+    chunk = chunk_rows(n, vocab, inputs.hidden, options.chunk_tokens)
+    block = block_rows(chunk, vocab, weights)
     logits = inputs.hidden.new_empty(chunk, vocab)
     scratch = [weights.new_empty(block, vocab) for _ in range(_scratch_count(logits.dtype != weights.dtype, options))]
     for start in range(0, n, chunk):
@@ -161,7 +161,7 @@ def _scratch_count(convert: bool, options: Options) -> int:
     return int(convert) + int(options.metrics or options.softcap is not None)
 
 
-def _chunk_rows(n: int, vocab: int, hidden: Tensor, requested: int | None) -> int:
+def chunk_rows(n: int, vocab: int, hidden: Tensor, requested: int | None) -> int:
     """Tokens of a chunk: within the byte limit, not below 64, and such that no chunk is a small remainder."""
     if requested is not None:
         return max(1, min(requested, n))
@@ -170,7 +170,7 @@ def _chunk_rows(n: int, vocab: int, hidden: Tensor, requested: int | None) -> in
     return max(1, min(n, -(-n // pieces // 16) * 16))
 
 
-def _block_rows(chunk: int, vocab: int, weights: Tensor) -> int:
+def block_rows(chunk: int, vocab: int, weights: Tensor) -> int:
     """Rows that the element-wise work takes at a time: what the CPU's caches hold; a GPU takes the chunk whole."""
     if weights.device.type != "cpu":
         return chunk

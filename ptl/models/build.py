@@ -28,6 +28,7 @@ from ptl.models.export import DTYPES
 from ptl.models.gguf import is_gguf, plain_folder
 from ptl.models.quantize import is_quantized, keep_codes_in_place, quantization_config
 from ptl.models.spec import ModelSpec
+from ptl.models.students import make_student
 
 
 class ScalarHead(nn.Linear):
@@ -69,6 +70,8 @@ def load_base(spec: ModelSpec) -> PreTrainedModel:
     if spec.attention == "packed":
         import ptl.models.attention  # noqa: F401  registers the implementation
     model = _random(spec, config) if spec.random_init else _pretrained(spec, source, config)
+    if spec.shrink is not None:
+        model = make_student(model, spec.shrink)
     model.name_or_path = source
     _check_tie(model)
     return model

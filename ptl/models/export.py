@@ -191,9 +191,10 @@ def _write_adapter(model: nn.Module, state: dict[str, Tensor], folder: Path, spe
         raise ValueError("the model has no adapter to save alone: export it merged")
     if spec is None:
         raise ValueError("an adapter alone needs the spec of its base model")
-    if spec.random_init or spec.config_overrides:
+    if spec.random_init or spec.config_overrides or spec.shrink is not None:
         raise ValueError(
-            "an adapter alone would not load elsewhere: its base has random_init or config_overrides; export it merged"
+            "an adapter alone would not load elsewhere: its base has random_init, config_overrides or shrink; export "
+            "it merged"
         )
     base = str(base_model(model).name_or_path)
     save_adapter(model, folder, base, state)

@@ -88,6 +88,38 @@ def hidden_states(model: nn.Module, batch: TokenBatch, *, neftune_alpha: float |
         return backbone(input_ids=batch.input_ids, use_cache=False, **inputs)[0]
 
 
+@contextmanager
+def block_outputs(model: nn.Module, blocks: list[int]) -> Iterator[dict[int, Tensor]]:
+    """Collects the outputs [B, T, H] of some blocks, counted from 1, of the backbone's next forward pass.
+
+    Raises:
+        ValueError: the backbone has no list of blocks, or not so many.
+    """
+    seen: dict[int, Tensor] = {}
+    if not blocks:
+        yield seen
+        return
+    layers = getattr(causal_lm(model).get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not 1 <= min(blocks) <= max(blocks) <= len(layers):
+        depth = len(layers) if isinstance(layers, nn.ModuleList) else "no"
+        raise ValueError(
+            f"hidden.layers asks for blocks {blocks}; {type(causal_lm(model)).__name__} has {depth} blocks"
+        )
+
+    def keep(block: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            seen[block] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [layers[block - 1].register_forward_hook(keep(block)) for block in blocks]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _check_packs(lm: Any, backbone: nn.Module) -> None:
     config = lm.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - LAYERS_THAT_PACK

@@ -22,14 +22,15 @@ class Optimizer:
 
     Attributes:
         kind: ``adamw`` (fused where every parameter's device has the kernel), ``adamw8bit`` (bitsandbytes, 8-bit
-            moments), ``sgd`` (plain, for checks of gradients).
+            moments), ``muon`` (for the hidden matrices, with AdamW for embeddings, heads, norms and biases; not under
+            ZeRO and not for adapters), ``sgd`` (plain, for checks of gradients).
         lr: peak learning rate.
         weight_decay: decoupled decay of matrices; vectors are never decayed.
         betas: moment decay rates of the Adam family.
         eps: denominator's term of the Adam family.
     """
 
-    kind: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
+    kind: Literal["adamw", "adamw8bit", "muon", "sgd"] = "adamw"
     lr: float = 2e-5
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
@@ -50,10 +51,13 @@ class Optimizer:
             fused: use AdamW's one-kernel step where the devices have it.
 
         Raises:
-            ValueError: nothing is trainable, or LoRA+ is asked of a model without LoRA matrices.
+            ValueError: nothing is trainable, LoRA+ is asked of a model without LoRA matrices, or Muon of one without
+                trainable hidden matrices.
         """
         import torch
 
+        if self.kind == "muon":
+            return self._muon(module, lora_plus_ratio)
         groups = parameter_groups(
             module.named_parameters(), self.lr, self.weight_decay, lora_plus_ratio=lora_plus_ratio
         )
@@ -66,6 +70,22 @@ class Optimizer:
         devices = {p.device.type for group in groups for p in group["params"]}
         fused = fused and devices <= {"cpu", "cuda"}
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
+
+    def _muon(self, module: nn.Module, lora_plus_ratio: float | None) -> torch.optim.Optimizer:
+        from ptl.models.muon import MuonAdamW, hidden_matrices
+
+        chosen = hidden_matrices(module)
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        hidden = [p for _, p in trained if id(p) in chosen]
+        rest = [(name, p) for name, p in trained if id(p) not in chosen]
+        if not hidden:
+            raise ValueError(
+                "model.init_args.optimizer.kind muon has no hidden matrix to train (an adapter's are not its kind): "
+                "set it to adamw, or train the whole model without model.init_args.policy.adapter"
+            )
+        groups = parameter_groups(rest, self.lr, self.weight_decay, lora_plus_ratio=lora_plus_ratio) if rest else []
+        matrices = [{"params": hidden, "lr": self.lr, "weight_decay": self.weight_decay}]
+        return MuonAdamW(matrices, groups, lr=self.lr, betas=self.betas, eps=self.eps)
 
 
 def parameter_groups(

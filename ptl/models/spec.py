@@ -14,6 +14,7 @@ Dtype = Literal["bf16", "fp32", "fp16", "auto"]
 Attention = Literal["packed", "sdpa", "eager", "flash_attention_2"]
 Quantization = Literal["nf4", "int8"]
 Head = Literal["lm", "scalar"]
+Keep = Literal["uniform", "first", "last", "ends"]
 
 CHANGES_BASE = ("pissa", "olora")
 """LoRA initialisations that take the adapter's first value out of the base weights."""
@@ -82,6 +83,54 @@ class LoRA:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shrink:
+    """A smaller model out of a trained one: whole layers kept as they are, and within them the parts that matter most.
+
+    What to start a student from that a teacher then trains (Minitron, arXiv:2407.14679; ShortGPT, arXiv:2403.03853).
+
+    Attributes:
+        layers: how many layers to keep, chosen by ``keep``; or exactly which, counted from 0, in ascending order; None
+            keeps all.
+        keep: which layers, where ``layers`` is a number. ``uniform`` spreads them over the depth, first and last
+            included; ``first`` and ``last`` take one end; ``ends`` takes half from each, the odd one from the front.
+        intermediate_size: neurons to keep in each MLP; None keeps all.
+        heads: attention heads to keep in each layer, with whole key-value groups: a multiple of the number of heads
+            that share a key-value head; None keeps all.
+
+    Raises:
+        ValueError: a value out of its range, or nothing to take away.
+    """
+
+    layers: int | list[int] | None = None
+    keep: Keep = "uniform"
+    intermediate_size: int | None = None
+    heads: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("policy.shrink.keep", self.keep, get_args(Keep))
+        if self.layers is None and not self.narrows:
+            raise ValueError("policy.shrink is empty: set its layers, intermediate_size or heads, or remove it")
+        if isinstance(self.layers, list):
+            ascending = all(a < b for a, b in zip(self.layers, self.layers[1:]))
+            if not self.layers or self.layers[0] < 0 or not ascending:
+                raise ValueError(
+                    "policy.shrink.layers must be a number, or a list of layers counted from 0, each once and in "
+                    f"ascending order, got {self.layers}"
+                )
+        elif self.layers is not None and self.layers < 1:
+            raise ValueError(f"policy.shrink.layers must be 1 or more, got {self.layers}")
+        for key in ("intermediate_size", "heads"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"policy.shrink.{key} must be 1 or more, got {value}")
+
+    @property
+    def narrows(self) -> bool:
+        """Whether anything within a layer is taken away."""
+        return self.intermediate_size is not None or self.heads is not None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A language model to build, by name and options.
 
@@ -101,6 +150,7 @@ class ModelSpec:
         head: ``lm`` predicts the next token; ``scalar`` gives one fp32 number a sequence.
         random_init: build from the configuration alone with random weights: pre-training and benchmarks.
         config_overrides: keys of the model's ``config.json`` to change; fewer ``num_hidden_layers`` keeps the first.
+        shrink: keep only some layers, neurons and heads of the checkpoint: a student made of its teacher.
         revision: branch, tag or commit of a hub name.
         trust_remote_code: run Python code that comes with the model.
         allow_pickle: read pickled weights (``*.bin``), which can run code when loaded.
@@ -118,6 +168,7 @@ class ModelSpec:
     head: Head = "lm"
     random_init: bool = False
     config_overrides: dict[str, Any] = field(default_factory=dict)
+    shrink: Shrink | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
@@ -131,8 +182,19 @@ class ModelSpec:
             raise ValueError("policy.name is empty: give a hub name, a model folder or a .gguf file")
         if self.attention == "flash_attention_2" and self.dtype == "fp32":
             raise ValueError("attention flash_attention_2 works in 16 bits: set dtype bf16 or fp16, got fp32")
+        if self.shrink is not None and self.random_init:
+            raise ValueError(
+                "policy.shrink chooses among trained weights, and random_init has none: remove random_init, or give "
+                "the sizes in config_overrides (num_hidden_layers, ...) instead of shrink"
+            )
         if self.quantize is None:
             return
+        if self.shrink is not None and self.shrink.narrows:
+            key = "heads" if self.shrink.intermediate_size is None else "intermediate_size"
+            raise ValueError(
+                f"policy.shrink.{key} cuts rows of matrices, and quantize {self.quantize} keeps codes: shrink layers "
+                "alone, or make the student without quantize first"
+            )
         if self.adapter is None:
             raise ValueError(
                 f"quantize {self.quantize} without an adapter trains nothing: set adapter, or remove quantize"

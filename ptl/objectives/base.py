@@ -66,7 +66,10 @@ class Objective(L.LightningModule, ABC):
         """The weighted sum of losses over a micro-batch, its weight, and metrics as (sum, weight) pairs."""
 
     def prepare(self, batch: Any) -> Any:
-        """What turns the data module's batch into what ``loss`` eats; reinforcement learning overrides it."""
+        """What turns the data module's batch into what ``loss`` eats; what samples from the policy overrides it.
+
+        The data module calls it before the step, outside the engine's forward, where ZeRO-3 lets a model be gathered.
+        """
         return batch
 
     # ---- building ----
@@ -100,7 +103,6 @@ class Objective(L.LightningModule, ABC):
     # ---- steps ----
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        batch = self.prepare(batch)
         out = self.loss(batch)
         self._collect("train", out)
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
@@ -110,10 +112,10 @@ class Objective(L.LightningModule, ABC):
         return out.total * factor.to(out.total.dtype)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._collect("val", self.loss(self.prepare(batch)))
+        self._collect("val", self.loss(batch))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._collect("test", self.loss(self.prepare(batch)))
+        self._collect("test", self.loss(batch))
 
     # ---- metrics ----
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 from benchmarks import peers, record, report
 from benchmarks.peer_stages import sft
-from benchmarks.peer_tools import machine, rows
+from benchmarks.peer_tools import chat, rows
 from benchmarks.peer_tools.breakdown import breakdown
 from benchmarks.peer_tools.compare import Measured, Pair, compare, run_side
 from tests import tiny
@@ -132,9 +131,9 @@ def test_the_training_template_marks_the_words_and_the_end_of_each_answer(tokeni
         {"role": "user", "content": "Où est Shanghai ?"},
         {"role": "assistant", "content": "En Chine."},
     ]
-    sft.check_template(tokenizer, sft.SMOLLM2_TRAINING, [messages, messages[:2]])
+    chat.check_template(tokenizer, chat.SMOLLM2_TRAINING, [messages, messages[:2]])
     out = tokenizer.apply_chat_template(
-        messages, chat_template=sft.SMOLLM2_TRAINING, return_dict=True, return_assistant_tokens_mask=True
+        messages, chat_template=chat.SMOLLM2_TRAINING, return_dict=True, return_assistant_tokens_mask=True
     )
     marked = [token for token, mask in zip(out["input_ids"], out["assistant_masks"]) if mask]
     assert tokenizer.decode(marked) == "The answer is 4<|im_end|>En Chine.<|im_end|>"
@@ -142,7 +141,7 @@ def test_the_training_template_marks_the_words_and_the_end_of_each_answer(tokeni
 
 def test_a_training_template_of_another_model_is_refused(tokenizer):
     with pytest.raises(ValueError, match="renders another text than the model's own"):
-        sft.check_template(tokenizer, sft.SMOLLM2_TRAINING, [conversation("hi")["messages"]])
+        chat.check_template(tokenizer, chat.SMOLLM2_TRAINING, [conversation("hi")["messages"]])
 
 
 def arguments(model: Path, source: Path, *more: str):
@@ -186,7 +185,7 @@ def test_a_batch_that_does_not_divide_into_forward_passes_names_the_option(model
 
 
 def test_every_stage_has_what_the_command_calls():
-    assert "sft" in peers.STAGES
+    assert {"sft", "distill"} <= set(peers.STAGES)
     for name in peers.STAGES:
         module = peers.stage_module(name)
         for attribute in ("PEER", "PEER_PACKAGE", "add_arguments", "make_spec", "run_ptl", "run_peer"):
@@ -252,7 +251,7 @@ def test_the_report_has_a_row_a_line_and_leaves_unknown_cells_empty():
     assert "| a |" in text and "2.5" in text and "step_seconds" not in text
 
 
-# ---- the machine ----
+# ---- where the time goes ----
 
 
 def test_a_breakdown_gives_each_operation_to_the_outermost_scope_and_what_is_left_to_python():
@@ -275,28 +274,3 @@ def test_a_breakdown_gives_each_operation_to_the_outermost_scope_and_what_is_lef
         "python": 0.45,
     }
     assert found["rest"] == {"aten::silu": 0.05, "Optimizer.step#AdamW.step": 0.025}
-
-
-def test_the_clock_measures_each_step_and_refuses_to_stop_before_it_started():
-    clock = machine.StepClock("cpu")
-    with pytest.raises(RuntimeError, match="not started"):
-        clock.mark()
-    clock.start()
-    for wait in (0.0, 0.05):
-        time.sleep(wait)
-        clock.mark()
-    assert clock.seconds[1] >= 0.05
-    assert clock.cpu_seconds[1] < 0.05  # sleeping is not working
-
-
-def test_the_peak_counts_what_was_held_and_given_back():
-    before = machine.peak_memory("cpu")
-    size = 2 * before
-    held = torch.ones(size, dtype=torch.uint8)
-    del held
-    assert machine.peak_memory("cpu") >= size
-
-
-def test_the_rate_of_a_matrix_product_is_a_number_of_operations_a_second():
-    rate = machine.matmul_rate("cpu", torch.float32, size=128, seconds=0.01)
-    assert 1e6 < rate < 1e15

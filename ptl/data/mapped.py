@@ -1,0 +1,70 @@
+"""safetensors files read through the page cache, row by row, and files that are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+_DTYPES = {
+    **{"U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "F16": np.float16},
+    **{"U32": np.uint32, "I32": np.int32, "F32": np.float32, "U64": np.uint64, "I64": np.int64, "F64": np.float64},
+}
+PARTIAL = ".partial"
+"""In the name of a file that is being written."""
+
+
+def mapped(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors of a safetensors file as views of one memory map, and its metadata. No descriptor stays open.
+
+    The library's own reader copies what it reads; this one leaves rows on disk until they are indexed.
+
+    Raises:
+        ValueError: it is no whole safetensors file.
+    """
+    try:
+        raw = np.memmap(path, np.uint8, mode="r")
+        begin = 8 + int(raw[:8].view("<u8")[0])
+        header = json.loads(raw[8:begin].tobytes())
+        tensors = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                data = raw[begin + start : begin + end]
+                tensors[name] = np.asarray(data.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"]))
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}): delete it and make it again") from error
+    return tensors, header.get("__metadata__", {})
+
+
+@contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """Gives a name of its own beside ``path``; what is written there becomes ``path`` at the end, at once.
+
+    Several processes that publish the same content at the same time do no harm. A killed one leaves its partial file.
+    """
+    partial = path.with_name(f".{path.name}{PARTIAL}-{uuid.uuid4().hex[:8]}")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass  # some network file systems refuse to sync a folder; the rename itself stays atomic
+    finally:
+        os.close(handle)

@@ -1,0 +1,404 @@
+"""Distillation: the student fits the teacher's whole distribution at every trained position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ptl.data.cross_teacher import CrossTeacher
+from ptl.data.fingerprints import open_cache
+from ptl.data.on_policy import OnPolicy, rewritten
+from ptl.data.teacher_cache import TeacherCache
+from ptl.data.tokenizer import load_tokenizer
+from ptl.functional.cross_tokenizer import MatchedIds, fused_cross_tokenizer_loss
+from ptl.functional.cross_tokenizer import Side as CrossSide
+from ptl.functional.divergence import Divergence
+from ptl.functional.fused_divergence import FusedDivergence, Side, fused_divergence
+from ptl.functional.hidden_match import hidden_match, teacher_layer
+from ptl.models.heads import Head, HeadLoss, block_outputs, causal_lm, hidden_states, lm_head, shifted_targets
+from ptl.models.optimizer import Optimizer, Schedule
+from ptl.models.spec import ModelSpec
+from ptl.models.teachers import Teacher, build_teacher
+from ptl.models.vocabulary import compare_vocabularies, vocabulary_size
+from ptl.models.zero3 import zero3_hidden
+from ptl.objectives.base import Objective
+from ptl.strategies.frozen import ShardedModel
+from ptl.strategies.partition import gathered
+from ptl.types import LossOutput, SparseTargets, TokenBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenMatch:
+    """Also match hidden states of some layers.
+
+    Attributes:
+        layers: blocks of the student, 1 to its depth; each is matched to the teacher's block at the same relative
+            depth (``ptl.functional.hidden_match.teacher_layer``).
+        weight: factor of the sum of distances beside the divergence.
+        kind: ``cosine``, or ``mse``.
+        project: learn a projection of the student's states for each layer; needed where the widths differ.
+
+    Raises:
+        ValueError: no layer, or a weight that is not positive.
+    """
+
+    layers: list[int]
+    weight: float = 1.0
+    kind: Literal["cosine", "mse"] = "cosine"
+    project: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"hidden.layers needs blocks of the student, each once, got {self.layers}")
+        if not self.weight > 0:
+            raise ValueError(f"hidden.weight must be above 0, got {self.weight}; leave hidden out for none")
+
+
+class Distillation(Objective):
+    """A student that learns a teacher's distribution over the vocabulary (Hinton et al., arXiv:1503.02531).
+
+    The loss of a window is ``sum_t w_t [(1 - ce) T^2 D(p_t, q_t) + ce * -log q_t(token t)] / sum_t w_t`` over every
+    trained token t of the window and all ranks: w the loss mask, p the teacher's and q the student's distribution at
+    temperature T, D the divergence. Neither side's logits exist for all tokens at once. The teacher is frozen, in eval
+    mode, in no optimizer and no checkpoint, and ``Trainer`` sees nothing of it.
+
+    Arguments:
+        policy: the student.
+        teacher: where the distribution comes from.
+        divergence: what is made small.
+        ce: share of the plain cross-entropy with the data's tokens, in [0, 1).
+        source_weights: factors on the loss of tokens by the name of their data source; 1 where a source is not named.
+            They scale the numerator of the loss alone: a factor of 2 counts a source's tokens twice as much as now.
+        on_policy: also learn on the student's own answers, for a share of the steps; None for none.
+        hidden: also match hidden states; None for none.
+        cross_tokenizer: for a teacher of another tokenizer: tokens are grouped where both sides' texts end at the same
+            byte, and distributions are compared group by group, by ``uld`` (arXiv:2402.12030) or by ``hybrid``, the
+            Jensen-Shannon divergence on the ids that both know and ULD on the others; see
+            ``ptl.functional.cross_tokenizer``. ``divergence`` gives the temperature alone. None refuses such a teacher.
+        optimizer: its optimizer.
+        schedule: its learning rate over the run.
+
+    Raises:
+        ValueError: settings that exclude each other, with the keys to change.
+    """
+
+    metric_names = ("divergence", "nll", "agreement", "teacher_bad", "hidden", "unaligned")
+
+    def __init__(
+        self,
+        policy: ModelSpec,
+        teacher: Teacher,
+        *,
+        divergence: Divergence | None = None,
+        ce: float = 0.0,
+        source_weights: dict[str, float] | None = None,
+        on_policy: OnPolicy | None = None,
+        hidden: HiddenMatch | None = None,
+        cross_tokenizer: Literal["uld", "hybrid"] | None = None,
+        optimizer: Optimizer | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__(policy, optimizer=optimizer, schedule=schedule)
+        if not 0 <= ce < 1:
+            raise ValueError(f"model.ce must be at least 0 and below 1, got {ce}: 1 is plain SFT")
+        for name, factor in (source_weights or {}).items():
+            if not 0 <= factor < math.inf:
+                raise ValueError(f"model.source_weights.{name} must be 0 or more, got {factor}")
+        for key, value in (("on_policy", on_policy), ("hidden", hidden)):
+            if value is not None and teacher.cache is not None:
+                raise ValueError(f"model.{key} needs a live teacher: remove model.teacher.cache, or model.{key}")
+        if cross_tokenizer is not None and (teacher.cache is not None or hidden is not None):
+            raise ValueError(
+                "model.cross_tokenizer goes with neither model.teacher.cache nor model.hidden, whose tokens are the "
+                "student's: remove one"
+            )
+        self.teacher = teacher
+        self.cross_tokenizer = cross_tokenizer
+        self._cross: tuple[CrossTeacher, MatchedIds] | None = None
+        self.divergence = divergence or Divergence()
+        self.ce = ce
+        self.source_weights = dict(source_weights or {})
+        self.on_policy, self.hidden = on_policy, hidden
+        # In a tuple: a registered submodule would be trained, saved and switched to training mode with the student.
+        self._frozen: tuple[nn.Module, ...] = ()
+        self._sharded: ShardedModel | None = None
+        self._caches: dict[str, TeacherCache] = {}
+        self._vocabulary: int | None = None
+        self._copied_head: Head | None = None
+
+    # ---- building ----
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.teacher.model is not None and self.teacher.cache is None and not self._frozen:
+            spec = self.teacher.model
+            if self.teacher.placement == "sharded":
+                self._sharded = ShardedModel(lambda: build_teacher(spec))
+                self._frozen = (self._sharded.model,)
+            else:
+                with zero3_hidden(self.policy):  # a replica is whole, also beside a student that is sharded
+                    self._frozen = (build_teacher(spec),)
+        if self.hidden is not None and not hasattr(self, "projections"):
+            self.projections = self._make_projections(self.hidden)
+
+    def _make_projections(self, hidden: HiddenMatch) -> nn.ModuleDict:
+        (ours, theirs) = (causal_lm(m).config.get_text_config() for m in (self.policy, self._frozen[0]))
+        made = nn.ModuleDict()
+        for layer in hidden.layers:
+            teacher_layer(layer, ours.num_hidden_layers, theirs.num_hidden_layers)
+            if layer < 1:
+                raise ValueError(f"hidden.layers holds {layer}; blocks are counted from 1")
+            if hidden.project:
+                made[str(layer)] = nn.Linear(ours.hidden_size, theirs.hidden_size, bias=False)
+                if ours.hidden_size == theirs.hidden_size:
+                    nn.init.eye_(made[str(layer)].weight)
+        return made
+
+    def teacher_model(self) -> nn.Module | None:
+        """The frozen teacher, or None where only its cache is read."""
+        return self._frozen[0] if self._frozen else None
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        projections = list(self.projections.parameters()) if self.hidden is not None else []
+        return [*super().shared_parameters(), *projections]
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._begin(("train", "val"))
+
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        self._begin(("val",))
+
+    def on_test_start(self) -> None:
+        super().on_test_start()
+        self._begin(("val",))
+
+    def _begin(self, parts: tuple[str, ...]) -> None:
+        """Puts the teacher where it runs and holds both sides to one vocabulary; again for each loop, at no cost."""
+        if self._vocabulary is None:
+            self._vocabulary = self._shared_vocabulary()
+        if self.teacher.cache is not None:
+            for part in parts:
+                if part not in self._caches and self.data.source_names(part):
+                    self._caches[part] = open_cache(
+                        self.teacher.cache,
+                        self.data.prepared_rows(part),
+                        self.data.renderer,
+                        temperature=self.divergence.temperature,
+                        teacher=self.teacher.model,
+                    )
+                    self._vocabulary = self._caches[part].plan.vocab
+            return
+        unknown = set(self.source_weights) - set(self.data.source_names("train"))
+        if unknown:
+            raise ValueError(
+                f"model.source_weights names {sorted(unknown)[0]!r}; the sources are "
+                f"{', '.join(self.data.source_names('train'))}"
+            )
+        model = self._frozen[0]
+        if self._sharded is None:
+            # Quantised layers are where they were made; moving codes is their library's affair.
+            where = torch.device(self.teacher.device) if self.teacher.device else self.device
+            if next(model.parameters()).device != where:
+                model.to(where)
+
+    def _shared_vocabulary(self) -> int:
+        student = self.data.renderer.tokenizer
+        if self.teacher.model is None:
+            return vocabulary_size(student)
+        teacher = load_tokenizer(self.teacher.model.name)
+        if self.cross_tokenizer is not None:
+            cross = CrossTeacher(student, teacher)
+            self._cross = (cross, cross.matched_ids(self.device))
+            return cross.student_vocabulary
+        return compare_vocabularies(student, teacher).size
+
+    def teardown(self, stage: str) -> None:
+        if self._sharded is not None and stage == "fit":
+            self._sharded.close()
+            self._sharded, self._frozen = None, ()
+
+    # ---- the loss ----
+
+    def prepare(self, batch: TokenBatch) -> TokenBatch:
+        """The batch, or in a step that is on policy the same prompts with the student's own answers."""
+        if self.on_policy is None or not self.training or not self.on_policy.takes(self.trainer.global_step):
+            return batch
+        return rewritten(
+            self.policy,
+            batch,
+            self.on_policy,
+            step=self.trainer.global_step,
+            data=self.data,
+            strategy=self.trainer.strategy,
+            vocabulary=self._vocabulary or 0,
+        )
+
+    def loss(self, batch: TokenBatch) -> LossOutput:
+        if self._cross is not None:
+            return self._cross_loss(batch, *self._cross)
+        positions, targets, weights = shifted_targets(batch)
+        documents = batch.document_ids.flatten()[positions]
+        scaled = weights * self._factors(batch)[documents] if self.source_weights else weights
+        blocks = self.hidden.layers if self.hidden is not None else []
+        with block_outputs(self.policy, blocks) as ours:
+            hidden = _chosen(hidden_states(self.policy, batch), positions)
+        teacher, theirs = self._taught(batch, positions)
+        with ExitStack() as stack:
+            if isinstance(teacher, Side) and self._sharded is not None:
+                stack.enter_context(gathered([teacher.weight, *([] if teacher.bias is None else [teacher.bias])]))
+            fused = fused_divergence(
+                _side(lm_head(self.policy), hidden),
+                teacher,
+                targets,
+                scaled,
+                divergence=self.divergence,
+                ce=self.ce,
+                vocabulary=self._vocabulary,
+            )
+        total, match = fused.total, None
+        if self.hidden is not None:
+            match = self._matched(ours, theirs, positions, scaled)
+            total = total + self.hidden.weight * match
+        return LossOutput(total, weights.sum(), self._metrics(batch, fused, total, match, documents, weights))
+
+    def _cross_loss(self, batch: TokenBatch, cross: CrossTeacher, matched_ids: MatchedIds) -> LossOutput:
+        """The loss with a teacher of another tokenizer."""
+        both = cross(batch)
+        states = hidden_states(self.policy, batch)
+        ours = _side(lm_head(self.policy), _chosen(states, both.student_positions))
+        model = self._frozen[0]
+        where = next(model.parameters()).device if self._sharded is None else states.device
+        with torch.no_grad():
+            seen = hidden_states(model, both.teacher.on(where)).to(states.device)
+        theirs = _side(self._teacher_head(model, states.device), _chosen(seen, both.teacher_positions))
+        weights = both.weights
+        if self.source_weights:
+            weights = weights * self._factors(batch)[both.documents]
+        with ExitStack() as stack:
+            if self._sharded is not None:
+                stack.enter_context(gathered([theirs.weight, *([] if theirs.bias is None else [theirs.bias])]))
+            sides = [
+                _cut(side, size, tokens.flatten()[at + 1])
+                for side, size, tokens, at in (
+                    (ours, cross.student_vocabulary, batch.input_ids, both.student_positions),
+                    (theirs, cross.teacher_vocabulary, both.teacher.input_ids, both.teacher_positions),
+                )
+            ]
+            crossed = fused_cross_tokenizer_loss(
+                *sides,
+                both.groups,
+                weights,
+                matched_ids,
+                kind=self.cross_tokenizer or "hybrid",
+                temperature=self.divergence.temperature,
+            )
+        positions, targets, plain = shifted_targets(batch)
+        nll = HeadLoss(self.policy)(_chosen(states, positions), targets, plain, {})
+        total = (1 - self.ce) * crossed.total + (self.ce * nll.total if self.ce else 0.0)
+        weight = plain.sum()
+        metrics = {
+            "loss": (total.detach(), weight),
+            "divergence": (crossed.total.detach(), crossed.weight),
+            "nll": (nll.nll.detach(), nll.weight),
+            "unaligned": (both.unaligned, weight),
+        }
+        return LossOutput(total, weight, metrics)
+
+    def _taught(self, batch: TokenBatch, positions: Tensor) -> tuple[Side | SparseTargets, dict[int, Tensor]]:
+        """What the teacher says about the trained tokens, and its states of the blocks that are matched."""
+        if self.teacher.cache is not None:
+            cache = self._caches["train" if self.training else "val"]
+            host = batch.on("cpu")
+            return SparseTargets(*(t.to(positions.device) for t in cache.lookup(host))), {}
+        model = self._frozen[0]
+        where = next(model.parameters()).device if self._sharded is None else positions.device
+        moved = batch
+        if where != positions.device:
+            moved = batch.on(where)
+        blocks = {}
+        if self.hidden is not None:
+            depths = [causal_lm(m).config.get_text_config().num_hidden_layers for m in (self.policy, model)]
+            blocks = {layer: teacher_layer(layer, *depths) for layer in self.hidden.layers}
+        with torch.no_grad(), block_outputs(model, list(blocks.values())) as seen:
+            states = _chosen(hidden_states(model, moved), positions.to(where))
+        theirs = {layer: seen[block].to(positions.device) for layer, block in blocks.items()}
+        return _side(self._teacher_head(model, positions.device), states.to(positions.device)), theirs
+
+    def _teacher_head(self, model: nn.Module, device: torch.device) -> Head:
+        """The head where the student is: a copy, made once, of a teacher that is elsewhere."""
+        head = lm_head(model)
+        if head.weight.device == device or self._sharded is not None:
+            return head
+        if self._copied_head is None:
+            bias = None if head.bias is None else head.bias.to(device)
+            self._copied_head = head._replace(weight=head.weight.to(device), bias=bias)
+        return self._copied_head
+
+    def _matched(
+        self, ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor], positions: Tensor, weights: Tensor
+    ) -> Tensor:
+        assert self.hidden is not None
+        total = weights.new_zeros(())
+        for layer in self.hidden.layers:
+            projection = self.projections[str(layer)].weight if self.hidden.project else None
+            pair = (_chosen(states[layer], positions) for states in (ours, theirs))
+            total = total + hidden_match(*pair, weights, projection, self.hidden.kind)  # pyright: ignore
+        return total
+
+    def _factors(self, batch: TokenBatch) -> Tensor:
+        """The factor of each document of the batch."""
+        names = self.data.source_names("train" if self.training else "val")
+        factors = [self.source_weights.get(name, 1.0) for name in names]
+        return torch.tensor(factors, device=batch.loss_mask.device)[batch.sources]
+
+    def _metrics(
+        self,
+        batch: TokenBatch,
+        fused: FusedDivergence,
+        total: Tensor,
+        match: Tensor | None,
+        documents: Tensor,
+        weights: Tensor,
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        weight = weights.sum()
+        metrics = {
+            "loss": (total.detach(), weight),
+            "divergence": (fused.divergence, fused.weight),
+            "nll": (fused.nll, fused.weight),
+            "agreement": (fused.agreement, fused.weight),
+            "teacher_bad": (fused.bad, torch.full_like(fused.bad, len(weights))),
+        }
+        if match is not None:
+            metrics["hidden"] = (match.detach(), weight)
+        names = self.source_names("train" if self.training else "val")
+        if names:
+            source = batch.sources[documents]
+            sums, counts = (weights.new_zeros(len(names)) for _ in range(2))
+            sums.index_add_(0, source, fused.token_divergence.to(weights.dtype) * weights)
+            counts.index_add_(0, source, weights)
+            metrics |= {f"loss_{name}": (sums[i], counts[i]) for i, name in enumerate(names)}
+        return metrics
+
+
+def _chosen(states: Tensor, positions: Tensor) -> Tensor:
+    return states.flatten(0, 1).index_select(0, positions)
+
+
+def _cut(side: Side, size: int, targets: Tensor) -> CrossSide:
+    """A side of the cross-tokenizer loss: its true vocabulary, and its own tokens."""
+    low_rank = None if side.low_rank is None else (side.low_rank[0], side.low_rank[1][:size])
+    bias = None if side.bias is None else side.bias[:size]
+    return CrossSide(side.hidden, side.weight[:size], targets, bias, low_rank, side.softcap, side.logit_scale)
+
+
+def _side(head: Head, hidden: Tensor) -> Side:
+    low_rank = None if head.low_rank is None else (head.low_rank[0](hidden), head.low_rank[1])
+    return Side(hidden, head.weight, head.bias, low_rank, head.softcap, head.logit_scale)
