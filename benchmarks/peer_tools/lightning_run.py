@@ -17,6 +17,7 @@ from ptl.data.module import ChatDataModule
 from ptl.data.parts import Preparation
 from ptl.data.sources import Source
 from ptl.models.optimizer import Optimizer, Schedule
+from ptl.models.spec import Dtype
 from ptl.objectives.base import Objective
 
 
@@ -66,7 +67,7 @@ def rates_of(spec: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def weights_of(spec: Mapping[str, Any]) -> str:
+def weights_of(spec: Mapping[str, Any]) -> Dtype:
     """``ModelSpec.dtype``: under autocast (``bf16-mixed``) the weights stay fp32."""
     return "bf16" if spec["dtype"] == "bf16" else "fp32"
 

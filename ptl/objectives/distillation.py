@@ -1,4 +1,8 @@
-"""Distillation: the student fits the teacher's whole distribution at every trained position."""
+"""Distillation: the student fits the teacher's whole distribution at every trained position.
+
+The file is one class, whole: where the teacher is, what it says and what is made of it are one objective. The
+arithmetic is in ``functional``, realigned batches and caches in ``data``, the models in ``models``.
+"""
 
 from __future__ import annotations
 
@@ -155,9 +159,10 @@ class Distillation(Objective):
             if layer < 1:
                 raise ValueError(f"hidden.layers holds {layer}; blocks are counted from 1")
             if hidden.project:
-                made[str(layer)] = nn.Linear(ours.hidden_size, theirs.hidden_size, bias=False)
+                projection = nn.Linear(ours.hidden_size, theirs.hidden_size, bias=False)
                 if ours.hidden_size == theirs.hidden_size:
-                    nn.init.eye_(made[str(layer)].weight)
+                    nn.init.eye_(projection.weight)
+                made[str(layer)] = projection
         return made
 
     def teacher_model(self) -> nn.Module | None:
@@ -285,15 +290,11 @@ class Distillation(Objective):
         with ExitStack() as stack:
             if self._sharded is not None:
                 stack.enter_context(gathered([theirs.weight, *([] if theirs.bias is None else [theirs.bias])]))
-            sides = [
-                _cut(side, size, tokens.flatten()[at + 1])
-                for side, size, tokens, at in (
-                    (ours, cross.student_vocabulary, batch.input_ids, both.student_positions),
-                    (theirs, cross.teacher_vocabulary, both.teacher.input_ids, both.teacher_positions),
-                )
-            ]
+            our_targets = batch.input_ids.flatten()[both.student_positions + 1]
+            their_targets = both.teacher.input_ids.flatten()[both.teacher_positions + 1]
             crossed = fused_cross_tokenizer_loss(
-                *sides,
+                _cut(ours, cross.student_vocabulary, our_targets),
+                _cut(theirs, cross.teacher_vocabulary, their_targets),
                 both.groups,
                 weights,
                 matched_ids,

@@ -284,7 +284,7 @@ def test_accuracy_counts_right_answers(tmp_path):
     held.write_text("\n".join([*data.read_text().splitlines()[:3], json.dumps({"messages": more})]))
     rows = real_chat(model, data)
     rows.val_sources = [Source(path=str(held), name="held")]
-    runner = trainer(tmp_path, [report(tmp_path, general=None, task="exact", max_new_tokens=12)], max_steps=80)
+    runner = trainer(tmp_path, [report(tmp_path, general=None, task="exact", max_new_tokens=12)], max_steps=160)
     runner.fit(module, rows)
     found = {name: entry(read(tmp_path), name)["parts"]["special"]["all"] for name in ("before", "after")}
     assert (found["before"]["accuracy"], found["before"]["questions"]) == (0, 4)

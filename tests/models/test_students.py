@@ -376,10 +376,10 @@ def test_a_student_that_cannot_be_made_is_refused(family, shrink, words):
 def test_layers_that_the_configuration_cannot_name_are_refused():
     """Every second layer of this model is a mixture of experts, by a rule on its number."""
     rule = {"decoder_sparse_step": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    shape: dict[str, Any] = {**zoo.SHAPE, "num_hidden_layers": 4, **rule}
 
     def mixture() -> Any:
-        config = transformers.Qwen3MoeConfig(**{**zoo.SHAPE, "num_hidden_layers": 4, **rule})
-        return transformers.Qwen3MoeForCausalLM(config)
+        return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**shape))
 
     with pytest.raises(ValueError, match="cannot describe this student"):
         make_student(mixture(), Shrink(layers=[1, 2]))
