@@ -123,7 +123,7 @@ class Distillation(Objective):
                 "student's: remove one"
             )
         self.teacher = teacher
-        self.cross_tokenizer = cross_tokenizer
+        self.cross_tokenizer: Literal["uld", "hybrid"] | None = cross_tokenizer
         self._cross: tuple[CrossTeacher, MatchedIds] | None = None
         self.divergence = divergence or Divergence()
         self.ce = ce
