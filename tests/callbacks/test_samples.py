@@ -47,15 +47,15 @@ def test_training_is_bit_for_bit_the_same_with_and_without(tmp_path, inputs):
 
 def test_answers_are_kept_with_their_step(tmp_path, inputs, capsys):
     module = sft(inputs[0], lr=1e-2)
-    callbacks = [RunRecord(tmp_path / "run"), Samples(QUESTIONS, every_n_steps=50, max_new_tokens=12)]
-    fit(tmp_path, inputs, callbacks, steps=80, module=module)
+    callbacks = [RunRecord(tmp_path / "run"), Samples(QUESTIONS, every_n_steps=100, max_new_tokens=12)]
+    fit(tmp_path, inputs, callbacks, steps=160, module=module)
     rows = read_rows(tmp_path / "run" / "samples.jsonl")
-    assert [row["step"] for row in rows] == [0] * 3 + [50] * 3 + [80] * 3
-    last = [row for row in rows if row["step"] == 80]
+    assert [row["step"] for row in rows] == [0] * 3 + [100] * 3 + [160] * 3
+    last = [row for row in rows if row["step"] == 160]
     assert [(row["prompt"], row["answer"]) for row in last] == list(zip(QUESTIONS, ANSWERS, strict=True))
     assert all(row["ended"] and 1 < row["tokens"] <= 12 for row in last)
     shown = capsys.readouterr().out
-    assert "samples, step 80" in shown and "before training" in shown and "In China." in shown
+    assert "samples, step 160" in shown and "before training" in shown and "In China." in shown
 
 
 def test_a_resumed_run_does_not_ask_at_its_start_again(tmp_path, inputs):

@@ -302,8 +302,8 @@ def test_importance_counts_each_real_token_once_however_the_batches_are_cut():
 
 @pytest.mark.parametrize(
     ("adapter", "quantize"),
-    [(None, None), (LoRA(rank=4), None), (LoRA(rank=4), "nf4"), (LoRA(rank=4), "int8")],
-    ids=["full", "lora", "nf4", "int8"],
+    [(None, None), (LoRA(rank=4), None), (LoRA(rank=4), "nf4")],
+    ids=["full", "lora", "nf4"],
 )
 def test_law_9_a_student_built_from_a_spec_trains_and_is_exported(adapter, quantize, folder, tmp_path):
     tokenizer = tiny.make_tokenizer()
