@@ -113,7 +113,8 @@ def fused_divergence(
     Softmax, divergence and losses are float32 whatever the dtype (float64 for float64 students). Gradients are exact
     and flow to the student alone. With ``SparseTargets`` the divergence is that of the kept ids and one bucket for all
     the rest, which keeps the mass of the tail right; for a sample (tail -inf everywhere) it is the forward KL with the
-    sampled shares in place of p, whose gradient is unbiased (arXiv:2503.16870).
+    sampled shares in place of p, whose gradient is unbiased (arXiv:2503.16870). A sample means nothing to the other
+    divergences; it cannot be told from a distribution that leaves nothing out, so whoever reads the sample refuses it.
 
     A teacher's row with a NaN, or with no finite logit, carries no information: the token's weight becomes 0, in the
     divergence and in the cross-entropy, and it is counted in ``bad``. -inf at some ids is an excluded id.
@@ -130,7 +131,7 @@ def fused_divergence(
         chunk_tokens: tokens of a chunk; None bounds a chunk of logits by ``head.CHUNK_BYTES``.
 
     Raises:
-        ValueError: shapes do not fit, an option is out of range, or a sample with another divergence than forward KL.
+        ValueError: shapes do not fit, or an option is out of range.
         RuntimeError: backward a second time through the same graph, as in ``fused_linear_cross_entropy``.
     """
     if not 0.0 <= ce <= 1.0:

@@ -199,7 +199,14 @@ class Distillation(Objective):
                         temperature=self.divergence.temperature,
                         teacher=self.teacher.model,
                     )
-                    self._vocabulary = self._caches[part].plan.vocab
+                    plan = self._caches[part].plan
+                    if plan.mode == "sample" and self.divergence.kind != "forward_kl":
+                        raise ValueError(
+                            f"model.divergence.kind is {self.divergence.kind}, and {self.teacher.cache} holds a sample "
+                            "of the teacher, which is unbiased for forward_kl alone: set it to forward_kl, or make the "
+                            "cache with `ptl synth teacher --mode topk`"
+                        )
+                    self._vocabulary = plan.vocab
             return
         unknown = set(self.source_weights) - set(self.data.source_names("train"))
         if unknown:

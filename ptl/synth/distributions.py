@@ -119,7 +119,7 @@ def losses(logp: Tensor, ks: list[int], draws: list[int]) -> dict[str, Any]:
 
     With k entries as they are stored, the best guess p_k of p that they allow spreads the tail's mass evenly:
 
-    * ``kl``: KL(p || p_k), nats. What of it the float16 numbers add is ``rounding``.
+    * ``kl``: KL(p || p_k), nats. What of it comes of rounding, the float32 softmax's and float16's, is ``rounding``.
     * ``gradient``: ||p_k - p||_2, the error of the forward KL's gradient ``q - p`` for the student's logits.
     * ``cut``: the same norm where the tail is thrown away and the head made to sum to 1.
     * ``tail``: the tail's mass.

@@ -40,7 +40,8 @@ class Quality:
         lines = [
             f"Means over {self.tokens:,} tokens, whose distributions have {self.entropy:.3f} nats.",
             "",
-            "KL lost: KL(teacher || stored), the tail's mass spread evenly; rounding: what of it float16 adds. "
+            "KL lost: KL(teacher || stored), the tail's mass spread evenly; rounding: what of it a float32 softmax "
+            "and float16 numbers add. "
             "Gradient error: L2 norm of the error of the forward KL's gradient for the student's logits, once with the "
             "tail and once with the head alone, made to sum to 1; of a sample, its root mean square, with mean 0.",
             "",

@@ -103,7 +103,7 @@ def results(folder, tmp_path_factory) -> Path:
     return out
 
 
-def write_cache(folder: Path) -> Path:
+def write_cache(folder: Path, name: str = "kept", *options: str) -> Path:
     """Everything that the teacher says about the rows, by the command that users run."""
     from ptl import cli
 
@@ -123,8 +123,11 @@ def write_cache(folder: Path) -> Path:
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    assert cli.main(["synth", "teacher", "-c", str(path), "--out", str(folder / "kept"), "--k", "100000"]) == 0
-    return folder / "kept"
+    assert (
+        cli.main(["synth", "teacher", "-c", str(path), "--out", str(folder / name), *(options or ("--k", "100000"))])
+        == 0
+    )
+    return folder / name
 
 
 def error(update: np.ndarray, expected: np.ndarray) -> float:
@@ -354,3 +357,12 @@ def test_cross_tokenizer_refuses_what_speaks_in_the_students_tokens(folder):
 
     with pytest.raises(ValueError, match=r"neither model.teacher.cache nor model.hidden"):
         Distillation(ModelSpec(name=str(folder / "model")), Teacher(cache="c"), cross_tokenizer="uld")
+
+
+def test_a_sample_of_the_teacher_is_refused_for_what_it_is_biased_for(folder):
+    """The loss of another divergence would be finite and mean nothing."""
+    cache = str(write_cache(folder, "drawn", "--mode", "sample", "--k", "16"))
+    objective, data = kd.build(str(folder), cache=cache, kind="reverse_kl")
+    with pytest.raises(ValueError, match=r"model.divergence.kind is reverse_kl.*set it to forward_kl"):
+        law.trainer_of(str(folder), "auto", 1, 1).fit(objective, datamodule=data)
+    fit(folder, steps=2, cache=cache)
