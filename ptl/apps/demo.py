@@ -105,8 +105,8 @@ def unpack() -> None:
         "english.jsonl": lambda: corpus_rows("english", TOPICS),
         "french.jsonl": lambda: corpus_rows("french"),
         "chats.jsonl": lambda: chat_rows(100),
-        "questions.jsonl": lambda: question_rows(held_out=False),
-        "questions_held_out.jsonl": lambda: question_rows(held_out=True),
+        "questions/train.jsonl": lambda: question_rows(held_out=False),
+        "questions/held_out.jsonl": lambda: question_rows(held_out=True),
     }
     for name, make in makers.items():
         if not (DATA / name).exists():
