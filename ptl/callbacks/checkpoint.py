@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from ptl.callbacks.durable import TEMPORARY, replacing
 from ptl.callbacks.record import run_folder
+from ptl.data.durable import TEMPORARY, replacing
 from ptl.strategies.checkpoints import CheckpointError, latest_complete, read_record
 
 FOLDER = "checkpoints"

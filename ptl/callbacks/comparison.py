@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptl.callbacks.samples import evaluating, greedy
 from ptl.functional.head import CHUNK_BYTES
 from ptl.models.heads import hidden_states, lm_head, shifted_targets
+from ptl.models.modes import evaluating
+from ptl.rollout.sampling import greedy
 from ptl.strategies.partition import full_shape, gathered, is_partitioned
 from ptl.types import TokenBatch
 

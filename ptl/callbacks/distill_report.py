@@ -14,7 +14,6 @@ from rich.console import Console
 from torch import nn
 
 from ptl.callbacks import report_page
-from ptl.callbacks.durable import replacing, write_text
 from ptl.callbacks.held_rows import HeldRows, Task, held_rows
 from ptl.callbacks.loaded_models import check_tokenizer, loaded, model_folder
 from ptl.callbacks.model_meter import ModelMeter
@@ -23,6 +22,7 @@ from ptl.callbacks.redact import redact_tree
 from ptl.callbacks.report_numbers import flat, from_json, json_ready, with_gaps
 from ptl.callbacks.samples import own_random_state
 from ptl.callbacks.throughput import excluded, log_metrics, logged_step
+from ptl.data.durable import replacing, write_text
 from ptl.data.sources import Source
 from ptl.models.spec import ModelSpec
 from ptl.strategies.partition import gathered_forward

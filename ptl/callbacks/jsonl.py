@@ -15,8 +15,8 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from ptl.callbacks.durable import append_line
 from ptl.callbacks.redact import redact_tree
+from ptl.data.durable import append_line
 
 METRICS_FILE = "metrics.jsonl"
 SYNC_SECONDS = 30.0

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ptl.callbacks.comparison import Comparison, compare_models, generation_speed, is_whole, weight_bytes
 from ptl.callbacks.held_rows import HeldRows, Task, is_right, text_of
-from ptl.callbacks.samples import evaluating, greedy
 from ptl.callbacks.shape import parameter_counts
 from ptl.models.heads import causal_lm
+from ptl.models.modes import evaluating
 from ptl.models.vocabulary import vocabulary_size
+from ptl.rollout.sampling import greedy
 from ptl.strategies.partition import full_shape
 
 if TYPE_CHECKING:

@@ -26,12 +26,12 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
-from ptl.callbacks.durable import append_line, write_text
 from ptl.callbacks.facts import command_line, environment, git_state, versions
 from ptl.callbacks.jsonl import METRICS_FILE, JsonlLogger, read_rows
 from ptl.callbacks.redact import redact, redact_tree
 from ptl.callbacks.shape import parameter_counts
 from ptl.callbacks.throughput import Throughput
+from ptl.data.durable import append_line, write_text
 
 ATTEMPTS_FILE = "attempts.jsonl"
 SUMMARY_FILE = "summary.json"

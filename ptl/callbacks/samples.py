@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
-from transformers import GenerationConfig
 
-from ptl.callbacks.durable import append_line
 from ptl.callbacks.jsonl import read_rows
 from ptl.callbacks.record import run_folder
 from ptl.callbacks.redact import redact_tree
 from ptl.callbacks.throughput import excluded, logged_step
-from ptl.models.adapters import base_model
+from ptl.data.durable import append_line
+from ptl.models.modes import evaluating
+from ptl.rollout.sampling import greedy
 from ptl.strategies.partition import gathered_forward
 from ptl.types import Message
 
@@ -147,57 +147,6 @@ class Samples(L.Callback):
             Console().print(_table(step, answers, first if step else {}))
 
 
-def greedy(
-    policy: nn.Module, prompts: Sequence[Sequence[int]], *, stop: Sequence[int], max_new_tokens: int
-) -> list[list[int]]:
-    """The likeliest next token, again and again: every setting is this function's, none the checkpoint's.
-
-    Arguments:
-        policy: a Hugging Face model in eval mode, plain or adapted.
-        prompts: token ids of each prompt.
-        stop: ids that end an answer.
-        max_new_tokens: longest answer.
-
-    Returns:
-        The ids of each answer, with the one that ended it.
-    """
-    model: Any = base_model(policy)
-    device = model.get_input_embeddings().weight.device
-    longest = max(len(prompt) for prompt in prompts)
-    pad = stop[0] if stop else 0
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(stop) or None,
-        pad_token_id=pad,
-        use_cache=True,
-    )
-    with own_generation_settings(model), torch.no_grad():
-        # The parameters are whole here, so ranks need not keep in step.
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=False)
-    return [_until_stop(row[longest:].tolist(), stop) for row in out]
-
-
-def _until_stop(ids: list[int], stop: Sequence[int]) -> list[int]:
-    end = next((i + 1 for i, token in enumerate(ids) if token in stop), len(ids))
-    return ids[:end]
-
-
-@contextmanager
-def evaluating(policy: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and afterwards each in the mode that it was in: a frozen part stays in eval mode."""
-    modes = [(module, module.training) for module in policy.modules()]
-    policy.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 @contextmanager
 def own_random_state(seed: int = 0) -> Iterator[None]:
     """Seeded inside, and every generator as it was afterwards."""
@@ -209,21 +158,6 @@ def own_random_state(seed: int = 0) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
-
-
-@contextmanager
-def own_generation_settings(model: Any) -> Iterator[None]:
-    """The model's generation configuration is empty inside: what a caller leaves unset is not taken from a checkpoint.
-
-    ``generate`` fills the unset fields of the configuration that it is given from the model's own, and published models
-    carry repetition penalties and suppressed tokens there.
-    """
-    kept = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = kept
 
 
 def _renderer(trainer: L.Trainer) -> Renderer:

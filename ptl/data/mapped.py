@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ptl.data.durable import replacing
+
 _DTYPES = {
     **{"U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "F16": np.float16},
     **{"U32": np.uint32, "I32": np.int32, "F32": np.float32, "U64": np.uint64, "I64": np.int64, "F64": np.float64},
 }
-PARTIAL = ".partial"
-"""In the name of a file that is being written."""
 
 
 def mapped(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -48,23 +47,5 @@ def published(path: Path) -> Iterator[Path]:
 
     Several processes that publish the same content at the same time do no harm. A killed one leaves its partial file.
     """
-    partial = path.with_name(f".{path.name}{PARTIAL}-{uuid.uuid4().hex[:8]}")
-    try:
+    with replacing(path, writer=f"-{uuid.uuid4().hex[:8]}") as partial:
         yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass  # some network file systems refuse to sync a folder; the rename itself stays atomic
-    finally:
-        os.close(handle)

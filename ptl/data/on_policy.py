@@ -10,7 +10,8 @@ import numpy as np
 from torch import nn
 
 from ptl.data.batches import collate_tokens
-from ptl.rollout.sampling import sample
+from ptl.models.modes import evaluating
+from ptl.rollout.sampling import generate
 from ptl.strategies.partition import gathered_forward
 from ptl.types import TokenBatch
 
@@ -76,19 +77,19 @@ def rewritten(
     rows = _rows_of(host)
     asked = [row for row in rows if row["weight"] > 0 and row["start"] < data.max_length]
     answers: list[list[int]] = []
-    with gathered_forward(strategy), _eval(policy):
+    with gathered_forward(strategy), evaluating(policy):
         if asked:
-            answers = sample(
+            answers = generate(
                 policy,
                 [row["ids"][: row["start"]].tolist() for row in asked],
-                seeds=[_hash(settings.seed, step, row["row"]) for row in asked],
+                [row["row"] for row in asked],
                 stop=data.renderer.terminators,
-                max_new_tokens=settings.max_new_tokens,
+                limits=[min(settings.max_new_tokens, data.max_length - row["start"]) for row in asked],
+                vocab=vocabulary,
                 temperature=settings.temperature,
-                vocabulary=vocabulary,
+                seed=_hash(settings.seed, step),
             )
     for row, answer in zip(asked, answers, strict=True):
-        answer = answer[: data.max_length - row["start"]]
         row["ids"] = np.concatenate([row["ids"][: row["start"]], np.array(answer, np.int64)])
         row["spans"] = [row["start"], len(row["ids"])]
         row["span_weights"] = [row["weight"] / len(answer)]
@@ -124,21 +125,6 @@ def _rows_of(batch: TokenBatch) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-class _eval:  # noqa: N801  a context manager named by what it does
-    """Every module in eval mode inside, and afterwards each as it was."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._modes = [(part, part.training) for part in module.modules()]
-        self._module = module
-
-    def __enter__(self) -> None:
-        self._module.eval()
-
-    def __exit__(self, *error: object) -> None:
-        for part, training in self._modes:
-            part.training = training
 
 
 def _hash(*numbers: int) -> int:

@@ -79,7 +79,8 @@ class Cursor:
             _set_finished(trainer, min(_batches_before(plan), batches))
             epochs = trainer.fit_loop.epoch_progress
             ahead = getattr(epochs.current, "processed") - plan.epoch  # noqa: B009 (typed as a base class)
-            if plan.steps and ahead > 0 and trainer.max_steps == -1:
+            unfinished = trainer.max_steps == -1 or trainer.global_step < trainer.max_steps
+            if plan.steps and ahead > 0 and unfinished:
                 _shift(epochs.current, -ahead)
                 _shift(epochs.total, -ahead)
 

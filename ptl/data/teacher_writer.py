@@ -12,8 +12,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ptl.data.contents import Contents
+from ptl.data.durable import TEMPORARY
 from ptl.data.fingerprints import Stamps
-from ptl.data.mapped import PARTIAL, mapped, published
+from ptl.data.mapped import mapped, published
 from ptl.data.teacher_plan import (
     MANIFEST,
     PLAN,
@@ -119,6 +120,6 @@ class CacheWriter:
         more = {**counts, "ptl": metadata.version("ptl"), "teacher_files": stamps or {}, "shards": shards}
         with published(self.folder / MANIFEST) as partial:
             partial.write_text(plan_text(self.plan, **more), encoding="utf-8")
-        for left in self.folder.glob(f".*{PARTIAL}-*"):
+        for left in self.folder.glob(f".*{TEMPORARY}-*"):
             left.unlink(missing_ok=True)  # of writers that were killed
         return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ptl.functional.head import Inputs, Options, run
+from ptl.functional.head import Inputs, Options, handed_over, run
 
 
 class FusedLoss(NamedTuple):
@@ -130,9 +130,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, reduced, up, targets, weights, options):
         inputs = Inputs(hidden, weight, bias, reduced, up)
         rows, gradients = run(inputs, targets, weights, options, ctx.needs_input_grad[:5])
-        # Not save_for_backward: autograd keeps saved tensors until backward has returned, and an accumulator that sees
-        # a second reference to the head's gradient copies it instead of keeping it.
-        ctx.gradients = gradients
+        ctx.gradients = gradients  # see handed_over
         total = (rows.loss * weights).sum()
         ctx.mark_non_differentiable(*(t for t in rows[1:] if t is not None))
         return total, rows.nll, rows.correct, rows.entropy
@@ -140,14 +138,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError(
-                "backward ran a second time through fused_linear_cross_entropy: its gradients are scaled in place and "
-                "handed over once. Compute the loss again, or add the losses before one backward."
-            )
-        scale = grad_outputs[0]
-        return *(None if g is None else g.mul_(scale) for g in gradients), None, None, None
+        return *handed_over(ctx, grad_outputs[0], "fused_linear_cross_entropy"), None, None, None
 
 
 def _check_shapes(inputs: Inputs, targets: Tensor, loss_weights: Tensor) -> None:

@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ptl.functional.aligned import MatchedIds, Plan, run_groups
-from ptl.functional.head import CHUNK_BYTES, Inputs, Options
+from ptl.functional.head import CHUNK_BYTES, Inputs, Options, handed_over
 
 Kind = Literal["uld", "hybrid"]
 
@@ -186,13 +186,7 @@ class _CrossTokenizer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError(
-                "backward ran a second time through fused_cross_tokenizer_loss: its gradients are scaled in place and "
-                "handed over once. Compute the loss again, or add the losses before one backward."
-            )
-        return *(None if g is None else g.mul_(grad_outputs[0]) for g in gradients), None
+        return *handed_over(ctx, grad_outputs[0], "fused_cross_tokenizer_loss"), None
 
 
 # ---- what comes in ----

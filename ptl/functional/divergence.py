@@ -30,7 +30,8 @@ from torch import Tensor
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"]
 FLOOR = -100.0
-"""Least log-probability of the teacher: an id that it excludes costs a divergence at most 100 nats, not infinity."""
+"""Least log of a teacher's probability over that of its likeliest id: an id that it excludes costs at most about 100
+nats, not infinity."""
 _LARGEST = 80.0
 """Bound of u in ``expm1``: exp(80) is below float32's largest number, and p = exp(80) q > 0 means q < 1e-34."""
 
@@ -66,45 +67,48 @@ class Divergence:
             raise ValueError(f"divergence.temperature must be above 0, got {self.temperature}")
 
 
-def divergence_rows(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
-    """D and s of each row, without T squared; see the top of the file.
+def divergence_rows(p: Tensor, q: Tensor, u: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    """D and dD/da of each row, without T squared; see the top of the file.
 
     Args:
-        log_p: [N, K], log-probabilities of the teacher, finite (``FLOOR`` at the least) or summing to 0 mass.
-        log_q: [N, K], log-probabilities of the student. Overwritten.
+        p: [N, K], probabilities of the teacher. Overwritten.
+        q: [N, K], probabilities of the student.
+        u: [N, K], log p - log q, finite. Overwritten.
         divergence: which.
 
     Returns:
-        D [N] and s [N, K].
+        D [N] and dD/da [N, K]; the latter may be ``p`` or ``u``.
     """
-    kind = divergence.kind
-    p, u = log_p.exp(), log_p - log_q
-    if kind == "forward_kl" or (kind == "jsd" and divergence.beta == 0):
-        return _dot(p, u), p.neg_()
-    q = log_q.exp_()
-    if kind == "reverse_kl" or (kind == "jsd" and divergence.beta == 1):
-        return _dot(q, u).neg_(), u.neg_().mul_(q)
+    kind, beta, alpha = divergence.kind, divergence.beta, divergence.skew
+    if kind == "forward_kl" or (kind == "jsd" and beta == 0):
+        return _dot(p, u), p.neg_().add_(q)
+    if kind == "reverse_kl" or (kind == "jsd" and beta == 1):
+        value = -_dot(q, u)
+        return value, u.add_(value[:, None]).mul_(q).neg_()
     if kind == "total_variation":
-        value = (p - q).abs_().sum(-1).mul_(0.5)
-        return value, q.mul_((q - p).sign_()).mul_(0.5)
+        difference = torch.sub(q, p, out=p)
+        sign = torch.sign(difference, out=u)
+        mean = _dot(q, sign)[:, None]
+        return difference.abs_().sum(-1).mul_(0.5), sign.sub_(mean).mul_(q).mul_(0.5)
     if kind == "jsd":
-        beta = divergence.beta
         w = _log_mixture_over_student(u, beta)
-        value = _dot(p, u - w) / (1 - beta) - _dot(q, w) / beta
-        return value, q.mul_(w).div_(-beta)
+        of_q = _dot(q, w)
+        value = _dot(p, u.sub_(w)) / (1 - beta) - of_q / beta
+        return value, w.sub_(of_q[:, None]).mul_(q).div_(-beta)
     if kind == "skew_kl":
-        alpha = divergence.skew
         w = _log_mixture_over_student(u, alpha)
-        value = _dot(p, u - w)
-        return value, w.neg_().exp_().mul_(p).mul_(alpha - 1)
-    alpha = divergence.skew
+        value = _dot(p, u.sub_(w))
+        s = w.neg_().exp_().mul_(p).mul_(alpha - 1)
+        return value, s.addcmul_(q, s.sum(-1, keepdim=True), value=-1)
     w = _log_mixture_over_student(u, 1 - alpha)
-    value = _dot(q, w).neg_()
-    return value, q.mul_(w.neg().exp_().mul_(alpha).add_(w).neg_())
+    value = -_dot(q, w)
+    h = w.add_(torch.neg(w, out=p).exp_().mul_(alpha))  # the negative of df/dq but for a constant
+    return value, h.sub_(_dot(q, h)[:, None]).mul_(q).neg_()
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
-    return torch.einsum("nk,nk->n", left, right)
+    """[N], by rows. ``einsum`` says the same in nine times the time: on the CPU it is no vectorised loop."""
+    return (left * right).sum(-1)
 
 
 def _log_mixture_over_student(u: Tensor, share: float) -> Tensor:

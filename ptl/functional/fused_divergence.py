@@ -9,8 +9,8 @@ A tile is a chunk of tokens times the whole vocabulary. Tiles that also cut the 
 twice (once for the log-sum-exp, once for the gradient), 2/5 more matrix products for memory that is already a small,
 constant number of bytes.
 
-Cost for N tokens: products of 2 N V (3 Hs + Ht) operations (Hs once less where the student's head is frozen), and about
-ten passes over each logit, on blocks of rows that stay in the CPU's caches.
+Cost for N tokens: products of 2 N V (3 Hs + Ht) operations (Hs once less where the student's head is frozen), and
+about fifteen passes over each logit, two of them ``exp``, on blocks of rows that stay in the CPU's caches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ptl.functional.divergence import FLOOR, Divergence, divergence_rows
-from ptl.functional.head import block_rows, chunk_rows
+from ptl.functional.head import Inputs, accumulate, block_rows, chunk_rows, cut, handed_over, project
 from ptl.types import SparseTargets
 
 
@@ -45,6 +45,12 @@ class Side(NamedTuple):
     softcap: float | None = None
     logit_scale: float = 1.0
 
+    def inputs(self, dtype: torch.dtype) -> Inputs:
+        """What makes the logits, in one dtype."""
+        reduced, up = self.low_rank or (None, None)
+        optional = [None if t is None else t.to(dtype) for t in (self.bias, reduced, up)]
+        return Inputs(self.hidden.to(dtype), self.weight.to(dtype), *optional)
+
 
 class FusedDivergence(NamedTuple):
     """Weighted sums over tokens and what was seen on the way. Only ``total`` has a graph.
@@ -52,22 +58,22 @@ class FusedDivergence(NamedTuple):
     Attributes:
         total: float32 [], sum of weight * ((1 - ce) * T**2 * D + ce * cross-entropy).
         divergence: float32 [], weighted sum of D, without T squared.
-        nll: float32 [], weighted sum of the student's negative log-likelihoods at temperature 1.
+        nll: float32 [], weighted sum of the student's negative log-likelihoods at temperature 1; None without ``ce`` or
+            ``metrics``.
         weight: float32 [], sum of the weights of all tokens.
-        agreement: float32 [], weighted count of tokens whose likeliest id is the same on both sides.
+        agreement: float32 [], weighted count of tokens whose likeliest id is the same on both sides; None without
+            ``metrics``.
         bad: float32 [], tokens whose teacher row held a NaN or nothing but -inf; they add nothing to ``total``.
         token_divergence: float32 [N], D of each token.
-        token_nll: float32 [N].
     """
 
     total: Tensor
     divergence: Tensor
-    nll: Tensor
+    nll: Tensor | None
     weight: Tensor
-    agreement: Tensor
+    agreement: Tensor | None
     bad: Tensor
     token_divergence: Tensor
-    token_nll: Tensor
 
 
 class _Options(NamedTuple):
@@ -75,6 +81,9 @@ class _Options(NamedTuple):
     ce: float
     vocabulary: int
     chunk_tokens: int | None
+    metrics: bool
+    softcap: float | None
+    logit_scale: float
 
 
 class _Rows(NamedTuple):
@@ -82,19 +91,9 @@ class _Rows(NamedTuple):
 
     loss: Tensor
     divergence: Tensor
-    nll: Tensor
-    agreement: Tensor
     bad: Tensor
-
-
-class _Student(NamedTuple):
-    """What a gradient may be asked for, all of one dtype: [N, H], [V', H], [V'], [N, R], [V', R]."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    reduced: Tensor | None
-    up: Tensor | None
+    nll: Tensor | None
+    agreement: Tensor | None
 
 
 def fused_divergence(
@@ -107,6 +106,7 @@ def fused_divergence(
     ce: float = 0.0,
     vocabulary: int | None = None,
     chunk_tokens: int | None = None,
+    metrics: bool = False,
 ) -> FusedDivergence:
     """Weighted sum over tokens of ``(1 - ce) * T**2 * D(teacher, student) + ce * cross-entropy``.
 
@@ -129,6 +129,7 @@ def fused_divergence(
         ce: share of the plain cross-entropy at temperature 1, in [0, 1].
         vocabulary: ids that both sides share, a prefix of each side's; None takes the smaller side's rows.
         chunk_tokens: tokens of a chunk; None bounds a chunk of logits by ``head.CHUNK_BYTES``.
+        metrics: also agreement and likelihood, which cost some passes over the logits.
 
     Raises:
         ValueError: shapes do not fit, or an option is out of range.
@@ -142,134 +143,119 @@ def fused_divergence(
     device = student.hidden.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     dtype = autocast or torch.promote_types(student.hidden.dtype, student.weight.dtype)
-    reduced, up = student.low_rank or (None, None)
-    optional = [None if t is None else t.to(dtype) for t in (student.bias, reduced, up)]
-    learner = _Student(student.hidden.to(dtype), student.weight.to(dtype), *optional)
-    master = _cast(teacher, autocast) if isinstance(teacher, Side) else teacher
+    learner = student.inputs(dtype)
     weights = loss_weights.detach().to(torch.float64 if dtype == torch.float64 else torch.float32)
-    options = _Options(divergence, ce, shared, chunk_tokens)
+    options = _Options(divergence, ce, shared, chunk_tokens, metrics, student.softcap, student.logit_scale)
     with torch.autocast(device, enabled=False):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learner):
-            total, *rest = _Function.apply(*learner, student, master, targets, weights, options)
+            total, *rest = _Function.apply(*learner, teacher, targets, weights, autocast, options)
             rows = _Rows(*rest)
         else:
-            rows, _ = _run(learner, student, master, targets, weights, options, (False,) * 5)
+            rows, _ = _run(learner, teacher, targets, weights, autocast, options, (False,) * 5)
             total = (rows.loss * weights).sum()
     return FusedDivergence(
         total=total,
         divergence=(rows.divergence * weights).sum(),
-        nll=(rows.nll * weights).sum(),
+        nll=None if rows.nll is None else (rows.nll * weights).sum(),
         weight=weights.sum(),
-        agreement=(rows.agreement * weights).sum(),
+        agreement=None if rows.agreement is None else (rows.agreement * weights).sum(),
         bad=rows.bad.sum().to(weights.dtype),
         token_divergence=rows.divergence,
-        token_nll=rows.nll,
     )
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, reduced, up, side, teacher, targets, weights, options):
-        learner = _Student(hidden, weight, bias, reduced, up)
-        rows, gradients = _run(learner, side, teacher, targets, weights, options, ctx.needs_input_grad[:5])
-        ctx.gradients = gradients  # not save_for_backward: see cross_entropy
-        ctx.mark_non_differentiable(*rows)
+    def forward(ctx, hidden, weight, bias, reduced, up, teacher, targets, weights, autocast, options):
+        learner = Inputs(hidden, weight, bias, reduced, up)
+        rows, gradients = _run(learner, teacher, targets, weights, autocast, options, ctx.needs_input_grad[:5])
+        ctx.gradients = gradients  # see handed_over
+        ctx.mark_non_differentiable(*(row for row in rows if row is not None))
         return (rows.loss * weights).sum(), *rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError(
-                "backward ran a second time through fused_divergence: its gradients are scaled in place and handed "
-                "over once. Compute the loss again, or add the losses before one backward."
-            )
-        scale = grad_outputs[0]
-        return *(None if g is None else g.mul_(scale) for g in gradients), *(None,) * 5
+        return *handed_over(ctx, grad_outputs[0], "fused_divergence"), *(None,) * 5
 
 
 def _run(
-    learner: _Student,
-    side: Side,
+    whole: Inputs,
     teacher: Side | SparseTargets,
     targets: Tensor,
     weights: Tensor,
+    autocast: torch.dtype | None,
     options: _Options,
     wanted: tuple[bool, ...],
 ) -> tuple[_Rows, list[Tensor | None]]:
     """Losses of all tokens and the gradients of their weighted sum, chunk by chunk."""
     n, vocab = len(targets), options.vocabulary
-    rows = _Rows(*(weights.new_zeros(n) for _ in range(4)), bad=torch.zeros(n, dtype=torch.bool, device=weights.device))
-    gradients = [torch.zeros_like(t) if t is not None and want else None for t, want in zip(learner, wanted)]
-    d_hidden, d_weight, d_bias, d_reduced, d_up = (
-        None if g is None else (g if i in (0, 3) else g[:vocab]) for i, g in enumerate(gradients)
+    rows = _Rows(
+        loss=weights.new_empty(n),
+        divergence=weights.new_empty(n),
+        bad=torch.empty(n, dtype=torch.bool, device=weights.device),
+        nll=weights.new_empty(n) if options.ce or options.metrics else None,
+        agreement=weights.new_empty(n) if options.metrics else None,
     )
-    bias_sum = None if d_bias is None else weights.new_zeros(vocab)
-    weight = learner.weight[:vocab]
-    up = None if learner.up is None else learner.up[:vocab]
+    gradients = [torch.zeros_like(t) if t is not None and want else None for t, want in zip(whole, wanted)]
+    learner = cut(whole, vocab)
+    d_cut = [g if g is None or i in (0, 3) else g[:vocab] for i, g in enumerate(gradients)]
+    bias_sum = None if d_cut[2] is None else weights.new_zeros(vocab)
+    dense = None
+    if isinstance(teacher, Side):
+        kind = autocast or torch.promote_types(teacher.hidden.dtype, teacher.weight.dtype)
+        dense = cut(Inputs(*(None if t is None else t.detach() for t in teacher.inputs(kind))), vocab)  # pyright: ignore[reportArgumentType]
     chunk = chunk_rows(n, vocab, learner.hidden, options.chunk_tokens)
     block = block_rows(chunk, vocab, weights)
     z_all = learner.hidden.new_empty(chunk, vocab)
-    y_all = teacher.hidden.new_empty(chunk, vocab) if isinstance(teacher, Side) else None
+    y_all = None if dense is None else dense.hidden.new_empty(chunk, vocab)
     for start in range(0, n, chunk):
         here = slice(start, min(start + chunk, n))
-        z = _logits(side._replace(hidden=learner.hidden, weight=weight, bias=learner.bias), learner, here, z_all)
-        y = _teacher_logits(teacher, here, vocab, y_all) if isinstance(teacher, Side) else None
+        z = z_all[: here.stop - start]
+        project(learner, here, options.logit_scale, z)
+        if isinstance(teacher, Side) and dense is not None and y_all is not None:
+            project(dense, here, teacher.logit_scale, y_all[: len(z)])
         for first in range(start, here.stop, block):
             part = slice(first, min(first + block, here.stop))
             inside = slice(part.start - start, part.stop - start)
-            gradient = _block(
-                z[inside],
-                _of_sparse(teacher, part) if isinstance(teacher, SparseTargets) else y[inside],  # pyright: ignore[reportOptionalSubscript]
-                side,
-                teacher.softcap if isinstance(teacher, Side) else None,
-                targets[part],
-                weights[part],
-                options,
-                _Rows(*(row[part] for row in rows)),
-                any(wanted),
-            )
+            if isinstance(teacher, Side):
+                assert y_all is not None
+                taught: Tensor | SparseTargets = _capped(y_all[inside], weights.dtype, teacher.softcap)
+            else:
+                taught = SparseTargets(*(tensor[part] for tensor in teacher))
+            part_rows = _Rows(*(None if row is None else row[part] for row in rows))  # pyright: ignore[reportArgumentType]
+            gradient = _block(z[inside], taught, targets[part], weights[part], options, part_rows, any(wanted))
             if gradient is not None:
                 if bias_sum is not None:
                     bias_sum.add_(gradient.sum(0))
                 z[inside].copy_(gradient)
-        if d_hidden is not None:
-            torch.mm(z, weight, out=d_hidden[here])
-        if d_weight is not None:
-            d_weight.addmm_(z.t(), learner.hidden[here])
-        if d_reduced is not None and up is not None:
-            torch.mm(z, up, out=d_reduced[here])
-        if d_up is not None and learner.reduced is not None:
-            d_up.addmm_(z.t(), learner.reduced[here])
-    if d_bias is not None and bias_sum is not None:
-        d_bias.copy_(bias_sum)
+        accumulate(d_cut, learner, here, z)
+    if d_cut[2] is not None and bias_sum is not None:
+        d_cut[2].copy_(bias_sum)
     return rows, gradients
 
 
-def _logits(side: Side, learner: _Student, here: slice, out: Tensor) -> Tensor:
-    """The student's logits of a chunk before the soft cap."""
-    low_rank = None if learner.reduced is None or learner.up is None else (learner.reduced, learner.up)
-    return _teacher_logits(side._replace(low_rank=low_rank), here, out.shape[1], out)
+def _capped(logits: Tensor, dtype: torch.dtype, cap: float | None) -> Tensor:
+    """The logits after the soft cap, in the dtype of the losses; in place where that is theirs."""
+    values = logits.to(dtype)
+    return values if cap is None else values.div_(cap).tanh_().mul_(cap)
 
 
-def _teacher_logits(side: Side, here: slice, vocab: int, out: Tensor | None) -> Tensor:
-    assert out is not None
-    z, scale, weight = out[: here.stop - here.start], side.logit_scale, side.weight[:vocab]
-    if side.bias is not None:
-        torch.addmm(side.bias[:vocab], side.hidden[here], weight.t(), beta=scale, alpha=scale, out=z)
-    else:
-        z.addmm_(side.hidden[here], weight.t(), beta=0.0, alpha=scale)
-    if side.low_rank is not None:
-        z.addmm_(side.low_rank[0][here], side.low_rank[1][:vocab].t(), alpha=scale)
-    return z
+def _probabilities(a: Tensor) -> tuple[Tensor, Tensor]:
+    """``softmax(a)`` and log-sum-exp [N, 1] of rows.
+
+    One pass of ``exp`` serves both, and a plain sum adds up pairwise, where the log-softmax of torch on the CPU is off
+    by 2e-5 nats over a vocabulary of 49,152.
+    """
+    highest = a.amax(-1, keepdim=True)
+    p = torch.sub(a, highest).exp_()
+    total = p.sum(-1, keepdim=True)
+    return p.div_(total), highest + total.log_()
 
 
 def _block(
     z: Tensor,
     teacher: Tensor | SparseTargets,
-    side: Side,
-    teacher_cap: float | None,
     targets: Tensor,
     weights: Tensor,
     options: _Options,
@@ -278,109 +264,92 @@ def _block(
 ) -> Tensor | None:
     """Losses of a block of rows; the gradient of their weighted sum for the student's unscaled logits, where wanted."""
     t, ce = options.divergence.temperature, options.ce
-    values = z.to(weights.dtype, copy=True)
-    if side.softcap is not None:
-        values.div_(side.softcap).tanh_().mul_(side.softcap)
-    log_q = torch.log_softmax(values if t == 1 else values / t, -1)
-    best = values.argmax(-1)
-    picked = values.gather(1, targets[:, None])[:, 0]
-    # At temperature 1 the log-sum-exp is that of log_q: values - log_q is the same number in every column.
-    lse = (values[:, 0] - log_q[:, 0]) if t == 1 else torch.logsumexp(values, -1)
-    torch.sub(lse, picked, out=rows.nll)
+    values = _capped(z, weights.dtype, options.softcap)
+    a = values if t == 1 else values / t
+    q, log_total = _probabilities(a)
+    plain = q
+    if rows.nll is not None:
+        lse = log_total
+        if t != 1:
+            plain, lse = _probabilities(values)
+        torch.sub(lse[:, 0], values.gather(1, targets[:, None])[:, 0], out=rows.nll)
+    if rows.agreement is not None:
+        theirs = _likeliest(teacher)
+        rows.agreement.copy_(values.gather(1, theirs)[:, 0] >= values.amax(-1))
     if isinstance(teacher, SparseTargets):
-        value, d_a, bad, their_best = _sparse_rows(teacher, log_q, options.divergence)
+        value, d_a, bad = _sparse_rows(teacher, a - log_total, q, options.divergence)
     else:
-        value, d_a, bad, their_best = _dense_rows(teacher, log_q, teacher_cap, options.divergence)
-    rows.divergence.copy_(value)
+        value, d_a, bad = _dense_rows(teacher, a, q, log_total, options.divergence)
     rows.bad.copy_(bad)
-    rows.agreement.copy_(((best == their_best) & ~bad).to(weights.dtype))
-    rows.loss.copy_(((1 - ce) * t * t * value + ce * rows.nll).masked_fill_(bad, 0.0))
+    torch.mul(value, ~bad, out=rows.divergence)
+    torch.mul(rows.divergence, (1 - ce) * t * t, out=rows.loss)
+    if ce and rows.nll is not None:
+        rows.loss.add_(rows.nll * ~bad, alpha=ce)
+    if rows.agreement is not None:
+        rows.agreement.mul_(~bad)
     if not gradient:
         return None
-    factor = (weights * side.logit_scale).masked_fill(bad, 0.0)
-    d_a.masked_fill_(bad[:, None], 0.0)
-    # T squared of the loss over the T of a = z / T.
-    d_a.mul_(((1 - ce) * t * factor)[:, None])
+    factor = weights * options.logit_scale * ~bad
+    d_a.mul_(((1 - ce) * t * factor)[:, None])  # T squared of the loss over the T of a = z / T
     if ce:
-        d_a.add_(torch.softmax(values, -1).mul_((ce * factor)[:, None]))
+        d_a.addcmul_(plain, (ce * factor)[:, None])
         d_a.scatter_add_(1, targets[:, None], (-ce * factor)[:, None])
-    if side.softcap is not None:
-        d_a.addcmul_(d_a, values.div_(side.softcap).square_(), value=-1)
+    if options.softcap is not None:
+        d_a.addcmul_(d_a, values.div_(options.softcap).square_(), value=-1)
     return d_a
 
 
+def _likeliest(teacher: Tensor | SparseTargets) -> Tensor:
+    """int64 [N, 1], the teacher's likeliest id; anything where it says nothing."""
+    if isinstance(teacher, SparseTargets):
+        return teacher.ids.clamp_min(0).gather(1, teacher.logprobs.argmax(-1, keepdim=True))
+    return teacher.argmax(-1, keepdim=True)
+
+
 def _dense_rows(
-    y: Tensor, log_q: Tensor, cap: float | None, divergence: Divergence
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """D, dD/da, bad rows and the teacher's likeliest ids, from the teacher's logits."""
-    values = y.to(log_q.dtype, copy=True)
-    if cap is not None:
-        values.div_(cap).tanh_().mul_(cap)
+    y: Tensor, a: Tensor, q: Tensor, log_total: Tensor, divergence: Divergence
+) -> tuple[Tensor, Tensor, Tensor]:
+    """D, dD/da and bad rows, from the teacher's logits y, which are overwritten."""
     if divergence.temperature != 1:
-        values.div_(divergence.temperature)
-    highest, best = values.max(-1)  # NaN where the row holds one
+        y.div_(divergence.temperature)
+    highest = y.amax(-1, keepdim=True)  # NaN where the row holds one
     bad = ~highest.isfinite()
-    values.masked_fill_(bad[:, None], 0.0)
-    log_p = torch.log_softmax(values, -1, out=values).clamp_(min=FLOOR)
-    value, s = divergence_rows(log_p, log_q.clone(), divergence)
-    value.masked_fill_(bad, 0.0)
-    return value, _finish(s, log_q), bad, best
+    if bad.device.type != "cpu" or bool(bad.any()):  # looking at it would hold up a GPU's queue
+        y.masked_fill_(bad, 0.0)
+        highest = highest.masked_fill(bad, 0.0)
+    torch.maximum(y, highest + FLOOR, out=y)
+    p, their_total = _probabilities(y)
+    u = y.sub_(a).sub_(their_total - log_total)
+    value, d_a = divergence_rows(p, q, u, divergence)
+    return value, d_a, bad[:, 0]
 
 
-def _finish(s: Tensor, log_q: Tensor) -> Tensor:
-    """``s - q * sum(s)``; overwrites both."""
-    return s.addcmul_(log_q.exp_(), s.sum(-1, keepdim=True), value=-1)
-
-
-def _of_sparse(targets: SparseTargets, part: slice) -> SparseTargets:
-    return SparseTargets(*(tensor[part] for tensor in targets))
-
-
-def _sparse_rows(kept: SparseTargets, log_q: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sparse_rows(
+    kept: SparseTargets, log_q: Tensor, q: Tensor, divergence: Divergence
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same from kept ids: D over the buckets {each kept id, all others together}."""
     used = kept.ids >= 0
     ids = kept.ids.clamp_min(0)
     bad = ~used.any(-1)
-    best = ids.gather(1, kept.logprobs.masked_fill(~used, float("-inf")).argmax(-1, keepdim=True))[:, 0]
     log_p = kept.logprobs.to(log_q.dtype).masked_fill(~used, float("-inf"))
     tail = kept.tail.to(log_q.dtype)
-    q = log_q.exp()
     log_q_kept = log_q.gather(1, ids)
-    if bool((tail == float("-inf")).all()) and divergence.kind == "forward_kl":
-        # Shares of a sample: sum of p (log p - log q) with the exact -H(p) in place of the sample's own.
+    if divergence.kind == "forward_kl" and bool((tail == float("-inf")).all()):
+        # Nothing is left out. Of a sample the exact -H(p) is better than the sample's own.
         p = log_p.exp()
         value = -(p * log_q_kept.masked_fill(~used, 0.0)).sum(-1) - kept.entropy.to(log_q.dtype)
-        d_a = q.mul_(p.sum(-1, keepdim=True)).scatter_add_(1, ids, -p)
-        return value.masked_fill(bad, 0.0), d_a, bad, best
-    rest = log_q.clone()
-    # Unused places are id 0, which must be neither removed from the rest nor counted twice.
-    rest.scatter_(1, torch.where(used, ids, ids[:, :1]), float("-inf"))
-    log_rest = torch.logsumexp(rest, -1).clamp_(min=FLOOR)
-    log_p_all = torch.cat([log_p, tail[:, None]], 1).clamp_(min=FLOOR)
-    log_q_all = torch.cat([log_q_kept, log_rest[:, None]], 1)
+        return value, (q * p.sum(-1, keepdim=True)).scatter_add_(1, ids, -p), bad
+    # Places that are not used stand for the row's first id, which is taken out of the rest anyway.
+    rest = log_q.scatter_(1, torch.where(used, ids, ids[:, :1]), float("-inf"))
+    log_q_all = torch.cat([log_q_kept, torch.logsumexp(rest, -1, keepdim=True)], 1).clamp_min_(FLOOR)
+    log_p_all = torch.cat([log_p, tail[:, None]], 1).clamp_min_(FLOOR)
     empty = torch.cat([~used, torch.zeros_like(used[:, :1])], 1)
-    log_p_all.masked_fill_(empty, FLOOR)
     log_q_all.masked_fill_(empty, FLOOR)  # p = q = exp(-100): nothing
-    value, s = divergence_rows(log_p_all, log_q_all.clone(), divergence)
-    total = s.sum(-1, keepdim=True)
-    # Every id of the rest has the rest's s over q; a kept id has its own.
-    d_a = q * (s[:, -1:] / log_q_all[:, -1:].exp())
-    own = s[:, :-1].masked_fill(~used, 0.0)
-    d_a.masked_fill_(rest == float("-inf"), 0.0).scatter_add_(1, ids, own)
-    d_a.addcmul_(q, total, value=-1)
-    return value.masked_fill_(bad, 0.0), d_a, bad, best
-
-
-def _cast(side: Side, autocast: torch.dtype | None) -> Side:
-    """The teacher in one dtype, detached."""
-    dtype = autocast or torch.promote_types(side.hidden.dtype, side.weight.dtype)
-
-    def to(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(dtype)
-
-    low_rank = None if side.low_rank is None else (to(side.low_rank[0]), to(side.low_rank[1]))
-    bias = None if side.bias is None else to(side.bias)
-    return side._replace(hidden=to(side.hidden), weight=to(side.weight), bias=bias, low_rank=low_rank)
+    q_all = log_q_all.exp()
+    value, d_all = divergence_rows(log_p_all.exp(), q_all, log_p_all - log_q_all, divergence)
+    # Every id of the rest moves the rest in proportion to its share of it; a kept id has its own.
+    d_a = (q * (d_all[:, -1:] / q_all[:, -1:])).masked_fill_(rest == float("-inf"), 0.0)
+    return value, d_a.scatter_add_(1, ids, d_all[:, :-1].masked_fill(~used, 0.0)), bad
 
 
 def _check(student: Side, teacher: Side | SparseTargets, targets: Tensor, loss_weights: Tensor, vocab: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,12 @@ class Inputs(NamedTuple):
     bias: Tensor | None
     reduced: Tensor | None
     up: Tensor | None
+
+
+def cut(inputs: Inputs, vocabulary: int) -> Inputs:
+    """The same with the first ``vocabulary`` rows of weight, bias and up: a table's padding is left out."""
+    bias, up = (None if t is None else t[:vocabulary] for t in (inputs.bias, inputs.up))
+    return inputs._replace(weight=inputs.weight[:vocabulary], bias=bias, up=up)
 
 
 class Rows(NamedTuple):
@@ -69,8 +76,7 @@ def run(
     # The first chunk overwrites weight and up (beta = 0), so their memory is only cleared where there is no chunk.
     make = torch.zeros_like if n == 0 else torch.empty_like
     gradients = [make(t) if t is not None and want else None for t, want in zip(inputs, wanted)]
-    d_hidden, d_weight, d_bias, d_reduced, d_up = gradients
-    bias_sum = None if d_bias is None else weights.new_zeros(vocab)
+    bias_sum = None if gradients[2] is None else weights.new_zeros(vocab)
     chunk = chunk_rows(n, vocab, inputs.hidden, options.chunk_tokens)
     block = block_rows(chunk, vocab, weights)
     logits = inputs.hidden.new_empty(chunk, vocab)
@@ -78,27 +84,56 @@ def run(
     for start in range(0, n, chunk):
         here = slice(start, min(start + chunk, n))
         z = logits[: here.stop - start]
-        _project(inputs, here, options.logit_scale, z)
+        project(inputs, here, options.logit_scale, z)
         for first in range(start, here.stop, block):
             part = slice(first, min(first + block, here.stop))
             part_z = z[first - start : part.stop - start]
             entropy = None if rows.entropy is None else rows.entropy[part]
             part_rows = Rows(rows.loss[part], rows.nll[part], rows.correct[part], entropy)
             _loss_rows(part_z, targets[part], weights[part], options, scratch, part_rows, any(wanted), bias_sum)
-        if d_hidden is not None:
-            torch.mm(z, inputs.weight, out=d_hidden[here])
-        if d_weight is not None:
-            d_weight.addmm_(z.t(), inputs.hidden[here], beta=float(start > 0))
-        if d_reduced is not None and inputs.up is not None:
-            torch.mm(z, inputs.up, out=d_reduced[here])
-        if d_up is not None and inputs.reduced is not None:
-            d_up.addmm_(z.t(), inputs.reduced[here], beta=float(start > 0))
+        accumulate(gradients, inputs, here, z)
+    d_bias = gradients[2]
     if d_bias is not None and bias_sum is not None:
         d_bias.copy_(bias_sum)
     return rows, gradients
 
 
-def _project(inputs: Inputs, here: slice, scale: float, out: Tensor) -> None:
+def accumulate(gradients: Sequence[Tensor | None], inputs: Inputs, here: slice, dz: Tensor) -> None:
+    """Adds what the gradient ``dz`` [C, V] of a chunk's unscaled logits is for each input whose gradient is wanted.
+
+    The chunk that starts at 0 overwrites what the gradients of weight and up hold. That of the bias is its caller's.
+    """
+    d_hidden, d_weight, _, d_reduced, d_up = gradients
+    beta = float(here.start > 0)
+    if d_hidden is not None:
+        torch.mm(dz, inputs.weight, out=d_hidden[here])
+    if d_weight is not None:
+        d_weight.addmm_(dz.t(), inputs.hidden[here], beta=beta)
+    if d_reduced is not None and inputs.up is not None:
+        torch.mm(dz, inputs.up, out=d_reduced[here])
+    if d_up is not None and inputs.reduced is not None:
+        d_up.addmm_(dz.t(), inputs.reduced[here], beta=beta)
+
+
+def handed_over(ctx: Any, scale: Tensor, name: str) -> list[Tensor | None]:
+    """The gradients that a forward pass left in ``ctx.gradients``, times ``scale``; once.
+
+    They are kept there and not by ``save_for_backward``: autograd keeps saved tensors until backward has returned, and
+    an accumulator that sees a second reference to the head's gradient copies it instead of keeping it.
+
+    Raises:
+        RuntimeError: they were handed over before.
+    """
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is None:
+        raise RuntimeError(
+            f"backward ran a second time through {name}: its gradients are scaled in place and handed over once. "
+            "Compute the loss again, or add the losses before one backward."
+        )
+    return [None if g is None else g.mul_(scale) for g in gradients]
+
+
+def project(inputs: Inputs, here: slice, scale: float, out: Tensor) -> None:
     """``scale * (hidden @ weight.T + bias + reduced @ up.T)`` of the rows ``here``, scaled inside the product."""
     if inputs.bias is not None:
         torch.addmm(inputs.bias, inputs.hidden[here], inputs.weight.t(), beta=scale, alpha=scale, out=out)

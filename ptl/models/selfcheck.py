@@ -7,13 +7,11 @@ made without the positions), and whether ``lm_head`` knows everything that the m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
 from ptl.models.heads import causal_lm, hidden_states, lm_head
+from ptl.models.modes import evaluating
 from ptl.types import TokenBatch
 
 LENGTHS = (5, 7, 4)
@@ -30,7 +28,7 @@ def check_model(model: nn.Module, *, packed: bool) -> None:
     Raises:
         ValueError: packed documents see each other, or the head's logits are not the model's own.
     """
-    with _evaluating(model):
+    with evaluating(model):
         error = head_error(model)
         if error > 1e-3 if next(model.parameters()).dtype == torch.float32 else error > 0.05:
             raise ValueError(
@@ -90,15 +88,3 @@ def _packed_batch(model: nn.Module) -> TokenBatch:
         window_weight=torch.ones((), dtype=torch.float64, device=device),
         cu_seqlens=torch.tensor([0, *LENGTHS], device=device).cumsum(0).to(torch.int32),
     )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

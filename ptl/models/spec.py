@@ -146,7 +146,7 @@ class ModelSpec:
         gradient_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
         adapter: LoRA; everything else is frozen then. None trains every weight.
         quantize: keep the frozen linear layers in 4-bit ``nf4`` (QLoRA, arXiv:2305.14314) or 8-bit ``int8``
-            (arXiv:2208.07339); needs ``adapter``.
+            (arXiv:2208.07339); a policy also needs ``adapter``, a teacher has none.
         head: ``lm`` predicts the next token; ``scalar`` gives one fp32 number a sequence.
         random_init: build from the configuration alone with random weights: pre-training and benchmarks.
         config_overrides: keys of the model's ``config.json`` to change; fewer ``num_hidden_layers`` keeps the first.
@@ -195,12 +195,10 @@ class ModelSpec:
                 f"policy.shrink.{key} cuts rows of matrices, and quantize {self.quantize} keeps codes: shrink layers "
                 "alone, or make the student without quantize first"
             )
-        if self.adapter is None:
-            raise ValueError(
-                f"quantize {self.quantize} without an adapter trains nothing: set adapter, or remove quantize"
-            )
         if self.random_init:
             raise ValueError(f"quantize {self.quantize} needs trained weights: remove quantize or random_init")
+        if self.adapter is None:
+            return
         if self.adapter.init in (*CHANGES_BASE, "orthogonal"):
             raise ValueError(
                 f"adapter.init {self.adapter.init} needs base weights in floats, and quantize {self.quantize} keeps "

@@ -53,6 +53,11 @@ class Objective(L.LightningModule, ABC):
         self, policy: ModelSpec, *, optimizer: Optimizer | None = None, schedule: Schedule | None = None
     ) -> None:
         super().__init__()
+        if policy.quantize is not None and policy.adapter is None:
+            raise ValueError(
+                f"model.policy.quantize {policy.quantize} without an adapter trains nothing: set model.policy.adapter, "
+                "or remove quantize"
+            )
         self.spec = policy
         self.optimizer_spec = optimizer or Optimizer()
         self.schedule_spec = schedule or Schedule()

@@ -165,6 +165,11 @@ class Distillation(Objective):
                 made[str(layer)] = projection
         return made
 
+    @property
+    def vocabulary(self) -> int | None:
+        """Ids that the divergence is over, a prefix of both sides' tables; None before a loop has started."""
+        return self._vocabulary
+
     def teacher_model(self) -> nn.Module | None:
         """The frozen teacher, or None where only its cache is read."""
         return self._frozen[0] if self._frozen else None
@@ -187,6 +192,12 @@ class Distillation(Objective):
 
     def _begin(self, parts: tuple[str, ...]) -> None:
         """Puts the teacher where it runs and holds both sides to one vocabulary; again for each loop, at no cost."""
+        unknown = set(self.source_weights) - set(self.data.source_names("train"))
+        if unknown:
+            raise ValueError(
+                f"model.source_weights names {sorted(unknown)[0]!r}; the sources are "
+                f"{', '.join(self.data.source_names('train'))}"
+            )
         if self._vocabulary is None:
             self._vocabulary = self._shared_vocabulary()
         if self.teacher.cache is not None:
@@ -208,12 +219,6 @@ class Distillation(Objective):
                         )
                     self._vocabulary = plan.vocab
             return
-        unknown = set(self.source_weights) - set(self.data.source_names("train"))
-        if unknown:
-            raise ValueError(
-                f"model.source_weights names {sorted(unknown)[0]!r}; the sources are "
-                f"{', '.join(self.data.source_names('train'))}"
-            )
         model = self._frozen[0]
         if self._sharded is None:
             # Quantised layers are where they were made; moving codes is their library's affair.
@@ -233,7 +238,7 @@ class Distillation(Objective):
         return compare_vocabularies(student, teacher).size
 
     def teardown(self, stage: str) -> None:
-        if self._sharded is not None and stage == "fit":
+        if self._sharded is not None:
             self._sharded.close()
             self._sharded, self._frozen = None, ()
 
@@ -274,6 +279,7 @@ class Distillation(Objective):
                 divergence=self.divergence,
                 ce=self.ce,
                 vocabulary=self._vocabulary,
+                metrics=self.wants_details,
             )
         total, match = fused.total, None
         if self.hidden is not None:
@@ -309,15 +315,18 @@ class Distillation(Objective):
                 temperature=self.divergence.temperature,
             )
         positions, targets, plain = shifted_targets(batch)
-        nll = HeadLoss(self.policy)(_chosen(states, positions), targets, plain, {})
-        total = (1 - self.ce) * crossed.total + (self.ce * nll.total if self.ce else 0.0)
-        weight = plain.sum()
+        total, weight = (1 - self.ce) * crossed.total, plain.sum()
         metrics = {
             "loss": (total.detach(), weight),
             "divergence": (crossed.total.detach(), crossed.weight),
-            "nll": (nll.nll.detach(), nll.weight),
             "unaligned": (both.unaligned, weight),
         }
+        if self.ce or self.wants_details:
+            # The fused loss makes its gradients on the way forward: none where it is only looked at.
+            with torch.set_grad_enabled(bool(self.ce) and torch.is_grad_enabled()):
+                nll = HeadLoss(self.policy)(_chosen(states, positions), targets, plain, {})
+            total = total + self.ce * nll.total
+            metrics |= {"loss": (total.detach(), weight), "nll": (nll.nll.detach(), nll.weight)}
         return LossOutput(total, weight, metrics)
 
     def _taught(self, batch: TokenBatch, positions: Tensor) -> tuple[Side | SparseTargets, dict[int, Tensor]]:
@@ -380,10 +389,11 @@ class Distillation(Objective):
         metrics = {
             "loss": (total.detach(), weight),
             "divergence": (fused.divergence, fused.weight),
-            "nll": (fused.nll, fused.weight),
-            "agreement": (fused.agreement, fused.weight),
             "teacher_bad": (fused.bad, torch.full_like(fused.bad, len(weights))),
         }
+        for name, value in (("nll", fused.nll), ("agreement", fused.agreement)):
+            if value is not None:
+                metrics[name] = (value, fused.weight)
         if match is not None:
             metrics["hidden"] = (match.detach(), weight)
         names = self.source_names("train" if self.training else "val")

@@ -1,96 +1,113 @@
-"""Answers of a model to token prompts, drawn so that each depends on its own seed and not on what is beside it."""
+"""Answers to many prompts at a time, the same whatever they share a batch with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ptl.models.heads import causal_lm
 
 
-class _Gumbel(LogitsProcessor):
-    """Adds Gumbel noise to ``logits / T``: the largest of the sums is a draw from ``softmax(logits / T)``.
-
-    One generator a row makes a draw independent of the batch, which a shared generator would not.
-    """
-
-    def __init__(self, seeds: Sequence[int], temperature: float, vocabulary: int) -> None:
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._temperature, self._vocabulary = temperature, vocabulary
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.float() / self._temperature
-        scores[:, self._vocabulary :] = float("-inf")
-        noise = torch.empty(self._vocabulary)
-        for row, generator in enumerate(self._generators):
-            scores[row, : self._vocabulary] -= noise.exponential_(generator=generator).log_().to(scores.device)
-        return scores
-
-
-def sample(
+@torch.no_grad()  # not inference_mode: what a model caches inside must serve training too
+def generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
+    numbers: Sequence[int],
     *,
-    seeds: Sequence[int],
     stop: Sequence[int],
-    max_new_tokens: int,
+    limits: Sequence[int],
+    vocab: int,
     temperature: float,
-    vocabulary: int,
+    seed: int,
 ) -> list[list[int]]:
-    """Draws an answer to each prompt at a temperature, with nothing else changing the distribution.
+    """The ids that follow each prompt, with the one that ends it where one came within the limit.
 
-    Every setting is this function's, none the checkpoint's, whose repetition penalties would be sampled from and never
-    scored. The global random state is not used. The model should be in eval mode, and whole on this rank.
+    Prompts are padded on the left and share a key-value cache; those that have ended leave it. Every setting is this
+    function's, none the checkpoint's. What is drawn depends on the seed and the prompt's number alone.
 
     Args:
-        model: a transformers language model, plain or adapted.
-        prompts: token ids, at least one each.
-        seeds: one a prompt; equal seeds and prompts give equal answers in any batch, up to rounding.
+        model: a causal language model in eval mode, whole on this rank, with or without an adapter.
+        prompts: ids, none empty.
+        numbers: of each prompt, for its draws.
         stop: ids that end an answer.
-        max_new_tokens: longest answer.
-        temperature: above 0.
-        vocabulary: ids from here on are padding of the embedding and are never drawn.
-
-    Returns:
-        The ids of each answer, with the one that ended it.
+        limits: most new ids of each, 1 or more.
+        vocab: ids that may be written; the table may have more rows.
+        temperature: 0 takes the likeliest id.
+        seed: of the draws.
     """
+    if not prompts:
+        return []
     lm: Any = causal_lm(model)
     device = lm.get_input_embeddings().weight.device
     longest = max(len(prompt) for prompt in prompts)
     pad = stop[0] if stop else 0
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(stop) or None,
-        pad_token_id=pad,
-        use_cache=True,
-    )
-    noisy = LogitsProcessorList([_Gumbel(seeds, temperature, vocabulary)])
-    with _own_settings(lm), torch.no_grad():
-        out = lm.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=noisy, synced_gpus=False
+    u = None
+    if temperature:
+        u = torch.stack([uniforms(seed, number, max(limits), 1)[:, 0] for number in numbers]).to(device)
+    written: list[list[int]] = [[] for _ in prompts]
+    alive, cache = list(range(len(prompts))), None
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    positioned = "position_ids" in inspect.signature(lm.forward).parameters
+    for step in range(max(limits)):
+        out = lm(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **({"position_ids": positions} if positioned else {}),
         )
-    answers = []
-    for row in out[:, longest:].tolist():
-        end = next((i + 1 for i, token in enumerate(row) if token in stop), len(row))
-        answers.append(row[:end])
-    return answers
+        cache = out.past_key_values
+        chosen = _choose(out.logits[:, -1, :vocab].float(), temperature, None if u is None else u[alive, step])
+        for row, token in zip(alive, chosen.tolist()):
+            written[row].append(token)
+        left = [i for i, row in enumerate(alive) if written[row][-1] not in stop and step + 1 < limits[row]]
+        if not left:
+            break
+        if len(left) < len(alive):
+            index = torch.tensor(left, device=device)
+            cache.batch_select_indices(index)
+            mask, positions, chosen = mask[index], positions[index], chosen[index]
+            alive = [alive[i] for i in left]
+        ids, positions = chosen[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return written
 
 
-@contextmanager
-def _own_settings(model: Any) -> Iterator[None]:
-    """``generate`` fills unset fields from the model's own configuration; inside it has none."""
-    kept = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = kept
+def _choose(logits: Tensor, temperature: float, u: Tensor | None) -> Tensor:
+    if u is None:
+        return logits.argmax(-1)
+    return draw(torch.log_softmax(logits / temperature, -1), u[:, None])[:, 0]
+
+
+def greedy(
+    model: nn.Module, prompts: Sequence[Sequence[int]], *, stop: Sequence[int], max_new_tokens: int
+) -> list[list[int]]:
+    """``generate`` at temperature 0: the likeliest next token, again and again."""
+    rows = causal_lm(model).get_input_embeddings().weight.shape[0]
+    limits = [max_new_tokens] * len(prompts)
+    return generate(model, prompts, range(len(prompts)), stop=stop, limits=limits, vocab=rows, temperature=0.0, seed=0)
+
+
+def uniforms(seed: int, row: int, tokens: int, draws: int) -> Tensor:
+    """float64 [tokens, draws] in [0, 1) that depend on the seed and the row alone: not on batch, rank or device."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, row]))
+    return torch.from_numpy(generator.random((tokens, draws)))
+
+
+def draw(logp: Tensor, u: Tensor) -> Tensor:
+    """Ids [N, n] drawn with replacement from log-probabilities [N, V], by inverting the distribution function at ``u``.
+
+    In float64, so that the sum over a large vocabulary favours no id; an id of probability 0 is never drawn.
+    """
+    cdf = logp.double().exp().cumsum(-1)
+    total = cdf[:, -1:]
+    at = torch.minimum(u.to(cdf.device) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, at, right=True).clamp_max(logp.shape[-1] - 1)

@@ -23,7 +23,7 @@ from ptl.data.readers import blocks
 from ptl.data.records import parse_row
 from ptl.data.render import Renderer, RenderError, stop_token_ids
 from ptl.data.sources import BadRow
-from ptl.synth.generation import context_length, generate, own_ends
+from ptl.rollout.sampling import generate
 from ptl.synth.teacher import grouped
 from ptl.types import Conversation, Message, Origin
 
@@ -135,8 +135,8 @@ def write_answers(model: nn.Module, encoder: Encoder, path: Path, writing: Writi
     for number, reason in whole_lines(left_out):
         known.add(number)
         counts[str(reason)] += 1
-    terminators = stop_token_ids(encoder.renderer, own_ends(model))
-    room = context_length(model)
+    terminators = stop_token_ids(encoder.renderer, _own_ends(model))
+    room = _context_length(model)
     todo = (question for question in questions(encoder, counts) if question.number not in known)
     for window in iter(lambda: list(itertools.islice(todo, WINDOW)), []):
         window.sort(key=lambda question: (-len(question.ids), question.number))
@@ -240,3 +240,13 @@ def append_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def _own_ends(model: Any) -> int | list[int] | None:
+    """The ids at which the model's own generation configuration stops."""
+    return getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+
+
+def _context_length(model: Any) -> int:
+    """Positions that the model was made for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30

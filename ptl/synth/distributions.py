@@ -83,23 +83,6 @@ def top_k(logp: Tensor, k: int) -> Kept:
     return Kept(ids, values.half(), tail)
 
 
-def uniforms(seed: int, row: int, tokens: int, draws: int) -> Tensor:
-    """float64 [tokens, draws] in [0, 1) that depend on the seed and the row alone: not on batch, rank or device."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, row]))
-    return torch.from_numpy(generator.random((tokens, draws)))
-
-
-def draw(logp: Tensor, u: Tensor) -> Tensor:
-    """Ids [N, n] drawn with replacement from log-probabilities [N, V], by inverting the distribution function at ``u``.
-
-    In float64, so that the sum over a large vocabulary favours no id; an id of probability 0 is never drawn.
-    """
-    cdf = logp.double().exp().cumsum(-1)
-    total = cdf[:, -1:]
-    at = torch.minimum(u.to(cdf.device) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, at, right=True).clamp_max(logp.shape[-1] - 1)
-
-
 def counted(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draws [N, n] as distinct ids and counts.
 

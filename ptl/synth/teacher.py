@@ -14,7 +14,8 @@ from ptl.data.batches import Layout, collate_tokens
 from ptl.data.contents import examples
 from ptl.data.prepare import Prepared
 from ptl.data.teacher_writer import CacheWriter
-from ptl.synth.distributions import counted, draw, entropy, log_distributions, top_k, uniforms, usable
+from ptl.rollout.sampling import draw, uniforms
+from ptl.synth.distributions import counted, entropy, log_distributions, top_k, usable
 from ptl.types import TokenBatch
 
 SMALL_IDS = 1 << 16

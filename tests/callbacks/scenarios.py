@@ -13,10 +13,11 @@ from ptl.callbacks.export import Export
 from ptl.callbacks.health import DivergedError, Health
 from ptl.callbacks.jsonl import read_metrics
 from ptl.callbacks.record import RunRecord
-from ptl.callbacks.samples import Samples, evaluating
+from ptl.callbacks.samples import Samples
 from ptl.callbacks.shape import model_shape, parameter_counts
 from ptl.callbacks.throughput import Throughput
 from ptl.functional.flops import Work, training_flops
+from ptl.models.modes import evaluating
 from ptl.models.spec import LoRA
 from ptl.strategies.deepspeed import ZeROStrategy, gathered_forward
 from tests.callbacks.parts import Toy, loader, packed, padded, trainer

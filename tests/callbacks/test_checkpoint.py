@@ -21,8 +21,8 @@ from ptl.callbacks.checkpoint import (
     tensor_bytes,
     trainable_state_dict,
 )
-from ptl.callbacks.durable import append_line, replacing, write_text
 from ptl.callbacks.record import RunRecord
+from ptl.data.durable import append_line, replacing, write_text
 from ptl.models.adapters import add_lora
 from ptl.models.spec import LoRA
 from ptl.strategies.checkpoints import MARKER, CheckpointError

@@ -10,9 +10,11 @@ from transformers import GenerationConfig
 
 from ptl.callbacks.jsonl import read_rows
 from ptl.callbacks.record import RunRecord
-from ptl.callbacks.samples import Samples, evaluating, greedy, own_generation_settings, own_random_state
+from ptl.callbacks.samples import Samples, own_random_state
 from ptl.data.render import Renderer
+from ptl.models.modes import evaluating
 from ptl.models.spec import LoRA
+from ptl.rollout.sampling import greedy
 from tests import tiny
 from tests.callbacks.parts import Toy, loader, packed, trainer
 from tests.callbacks.real import ANSWERS, QUESTIONS, chat, make_inputs, sft
@@ -102,23 +104,20 @@ def test_an_answer_ends_at_any_stop_token():
     assert greedy(model, [[5, 6, 7]], stop=(399, stop), max_new_tokens=8)[0] == free[: free.index(stop) + 1]
 
 
-def test_modes_and_settings_are_back_also_after_a_failure():
+def test_modes_and_random_states_are_back_also_after_a_failure():
     model = tiny.make_model().train()
     model.model.layers[0].eval()  # a part that is kept frozen
     before = [module.training for module in model.modules()]
-    settings = model.generation_config
     state = torch.get_rng_state()
     with (
         pytest.raises(RuntimeError),
         own_random_state(),
         evaluating(model),
-        own_generation_settings(model),
     ):
         assert not any(module.training for module in model.modules())
         torch.rand(3)
         raise RuntimeError
     assert [module.training for module in model.modules()] == before and True in before and False in before
-    assert model.generation_config is settings
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -91,12 +91,14 @@ def test_law_6_saved_after_fit_has_returned(tmp_path, make, limit, stop):
     assert trainer.global_step == len(whole.steps)
 
 
-def test_law_6_max_steps_raised(tmp_path, make):
-    whole, _ = run(tmp_path, make(), max_steps=20)
-    first, trainer = run(tmp_path, make(), max_steps=7)
-    trainer.save_checkpoint(tmp_path / "seven.ckpt")
-    second, _ = run(tmp_path, make(), resume=tmp_path / "seven.ckpt", max_steps=20)
-    assert first.steps + second.steps == whole.steps and len(whole.steps) == 20
+@pytest.mark.parametrize(("epochs", "first_stop"), [(-1, 7), (1, 3), (2, 7)])
+def test_law_6_max_steps_raised(tmp_path, make, epochs, first_stop):
+    """Also under ``max_epochs``, where an epoch that was stopped halfway once passed for the last one."""
+    whole, _ = run(tmp_path, make(), max_epochs=epochs, max_steps=20)
+    first, trainer = run(tmp_path, make(), max_epochs=epochs, max_steps=first_stop)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    second, _ = run(tmp_path, make(), resume=tmp_path / "first.ckpt", max_epochs=epochs, max_steps=20)
+    assert first.steps + second.steps == whole.steps and len(first.steps) == first_stop < len(whole.steps)
 
 
 @pytest.mark.parametrize("at_epoch_end", [True, False])

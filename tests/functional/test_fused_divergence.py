@@ -165,7 +165,9 @@ def test_trap_rm_kd_13_no_tensor_of_all_logits(divergence):
 def test_teacher_equal_to_student_gives_zero_and_no_gradient(divergence, dtype):
     student, _, targets, weights = make(dtype)
     same = Side(student["hidden"].detach().clone(), student["weight"].detach().clone())
-    fused = fused_divergence(side(student, grown=False), same, targets, weights.float(), divergence=divergence)
+    fused = fused_divergence(
+        side(student, grown=False), same, targets, weights.float(), divergence=divergence, metrics=True
+    )
     grads = torch.autograd.grad(fused.total, list(student.values()))
     assert abs(float(fused.total)) < 1e-5
     assert float(fused.agreement) == pytest.approx(float(fused.weight))
@@ -273,6 +275,37 @@ def test_trap_rm_kd_14_nan_and_infinite_teacher_rows(divergence):
             assert float(out.total) == 0 and float(grads[-1].abs().max()) == 0
     assert bad == 2 and math.isfinite(total)
     assert all(bool(g.isfinite().all()) for g in grads)
+
+
+def test_metrics_change_nothing_and_are_right():
+    student, teacher, targets, weights = make()
+    sides = (side(student, grown=False), side(teacher, grown=False))
+    for t, ce in ((1.0, 0.0), (2.0, 0.3)):
+        options = {"divergence": Divergence(temperature=t), "ce": ce, "vocabulary": V}
+        bare, seen = (fused_divergence(*sides, targets, weights, metrics=m, **options) for m in (False, True))
+        assert torch.equal(bare.total, seen.total) and bare.agreement is None
+        z, y = logits(student, grown=False), logits(teacher, grown=False)[:, :V]
+        same = (z.argmax(-1) == y.argmax(-1)).double()
+        nll = -z.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        torch.testing.assert_close(seen.agreement, (same * weights).sum())
+        torch.testing.assert_close(seen.nll, (nll * weights).sum())
+
+
+def test_float32_losses_over_a_real_vocabulary_are_exact_to_a_millionth():
+    """The log-softmax of torch is 2e-5 nats off here."""
+    torch.manual_seed(0)
+    n, v = 16, 49_152
+    z, y = 4 * torch.randn(n, v), 4 * torch.randn(n, v)
+    zero, one = torch.zeros(n, 1), torch.zeros(v, 1)
+    for row in range(0, n, 5):
+        got = fused_divergence(
+            Side(zero[:1], one, z[row]), Side(zero[:1], one, y[row]), torch.zeros(1, dtype=torch.int64), torch.ones(1),
+            divergence=Divergence(), metrics=True,
+        )  # fmt: skip
+        log_p, log_q = (t[row].double().log_softmax(-1) for t in (y, z))
+        expected = float(obvious(log_p[None], log_q[None], Divergence()))
+        assert float(got.divergence) == pytest.approx(expected, rel=1e-6)
+        assert float(got.nll) == pytest.approx(float(-log_q[0]), rel=1e-6)
 
 
 def test_a_frozen_head_and_no_gradient_at_all():

@@ -74,31 +74,16 @@ def build(
     return objective, data
 
 
-def trained(
-    folder: str, strategy: str, world_size: int, accumulate: int, micro: int, seed: int = 7, **options: Any
-) -> np.ndarray:
-    """The trainable weights of the student after an epoch; empty on other ranks than the first."""
-    import lightning as L
+def trained(*args: Any, **options: Any) -> np.ndarray:
+    """The trainable weights of the student after an epoch, with its teacher looked at; see ``law.trained``."""
+    return law.trained(*args, make=build, at_end=_frozen, **options)
 
-    from ptl.strategies.deepspeed import consolidated_state_dict
 
-    L.seed_everything(seed, verbose=False)
-    objective, data = build(folder, micro=micro, **options)
-    seen: list[np.ndarray] = []
-
-    class Keep(L.Callback):
-        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            state = consolidated_state_dict(pl_module.policy, trainable_only=True)
-            seen.append(law.flat(state) if state else np.zeros(0))
-            teacher = pl_module.teacher_model()
-            if teacher is not None:
-                assert not any(m.training for m in teacher.modules())
-                assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
-
-    trainer = law.trainer_of(folder, strategy, world_size, accumulate, callbacks=[Keep()])
-    trainer.fit(objective, datamodule=data)
-    assert trainer.global_step == law.STEPS, trainer.global_step
-    return seen[0]
+def _frozen(objective: Any) -> None:
+    teacher = objective.teacher_model()
+    if teacher is not None:
+        assert not any(m.training for m in teacher.modules())
+        assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
 
 
 def run(folder: str, out: str, cases: list[dict[str, Any]]) -> dict[str, Any]:

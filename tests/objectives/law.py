@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,21 +99,34 @@ def trainer_of(folder: str, strategy: str, world_size: int, accumulate: int, **k
 
 
 def trained(
-    folder: str, strategy: str, world_size: int, accumulate: int, micro: int, seed: int = 7, **options: Any
+    folder: str,
+    strategy: str,
+    world_size: int,
+    accumulate: int,
+    micro: int,
+    seed: int = 7,
+    make: Callable[..., Any] | None = None,
+    at_end: Callable[[Any], None] | None = None,
+    **options: Any,
 ) -> np.ndarray:
-    """The trainable weights after an epoch, flat in order of their names; empty on other ranks than the first."""
+    """The trainable weights after an epoch, flat in order of their names; empty on other ranks than the first.
+
+    ``make`` builds the objective and its data in place of ``build``; ``at_end`` is given the trained objective.
+    """
     import lightning as L
 
     from ptl.strategies.deepspeed import consolidated_state_dict
 
     L.seed_everything(seed, verbose=False)
-    objective, data = build(folder, micro=micro, **options)
+    objective, data = (make or build)(folder, micro=micro, **options)
     seen: list[np.ndarray] = []
 
     class Keep(L.Callback):
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             state = consolidated_state_dict(pl_module.policy, trainable_only=True)
             seen.append(flat(state) if state else np.zeros(0))
+            if at_end is not None:
+                at_end(pl_module)
 
     trainer = trainer_of(folder, strategy, world_size, accumulate, callbacks=[Keep()])
     trainer.fit(objective, datamodule=data)

@@ -203,7 +203,8 @@ def test_trap_rm_kd_10_the_teacher_is_frozen_in_eval_mode_and_in_no_checkpoint(f
 
 def test_a_student_learns_and_a_teacher_equal_to_it_teaches_nothing(folder, tmp_path):
     losses = {"before": trainer_loss(*kd.build(str(folder), val_fraction=0.2), folder)}
-    objective, _, _ = fit(folder, steps=60, val_fraction=0.2)
+    objective, _, trained_on = fit(folder, steps=60, val_fraction=0.2)
+    assert objective.vocabulary == len(trained_on.renderer.tokenizer)
     _, data = kd.build(str(folder), val_fraction=0.2)
     losses["after"] = trainer_loss(objective, data, folder)
     assert losses["after"] < losses["before"] - 0.05
@@ -366,3 +367,53 @@ def test_a_sample_of_the_teacher_is_refused_for_what_it_is_biased_for(folder):
     with pytest.raises(ValueError, match=r"model.divergence.kind is reverse_kl.*set it to forward_kl"):
         law.trainer_of(str(folder), "auto", 1, 1).fit(objective, datamodule=data)
     fit(folder, steps=2, cache=cache)
+
+
+def test_a_quantised_teacher_teaches_and_a_policy_needs_an_adapter(tmp_path):
+    from dataclasses import replace
+
+    from ptl.models.quantize import is_quantized
+    from ptl.models.spec import ModelSpec
+    from ptl.objectives.sft import SFT
+
+    law.make_folder(tmp_path)
+    tokenizer = tiny.make_tokenizer()
+    teacher = tiny.make_model(len(tokenizer), hidden=128, seed=5, initializer_range=0.3)
+    teacher.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    losses = {}
+    for quantize in (None, "nf4", "int8"):
+        objective, data = kd.build(str(tmp_path), val_fraction=0.2)
+        spec = ModelSpec(name=str(tmp_path / "teacher"), quantize=quantize)  # pyright: ignore[reportArgumentType]
+        objective.teacher = replace(objective.teacher, model=spec)
+        losses[quantize] = trainer_loss(objective, data, tmp_path)
+        assert is_quantized(objective.teacher_model()) == (quantize is not None)
+    assert losses["nf4"] != losses[None] and losses["nf4"] == pytest.approx(losses[None], rel=0.2)
+    assert losses["int8"] == pytest.approx(losses[None], rel=0.05)
+    with pytest.raises(ValueError, match=r"model.policy.quantize nf4 without an adapter trains nothing"):
+        SFT(ModelSpec(name="x", quantize="nf4"))
+
+
+def test_law_6_a_resumed_distillation_ends_with_the_same_weights(folder, tmp_path):
+    def run(steps: int, resume: Path | None = None):
+        import lightning as L
+
+        L.seed_everything(3, verbose=False)
+        objective, data = kd.build(str(folder), on_policy=0.5, hidden=True)
+        trainer = law.trainer_of(str(folder), "auto", 1, 1, max_epochs=-1, max_steps=steps)
+        trainer.fit(objective, datamodule=data, ckpt_path=resume)
+        return objective, trainer
+
+    whole, _ = run(6)
+    _, trainer = run(3)
+    trainer.save_checkpoint(tmp_path / "three.ckpt")
+    again, _ = run(6, tmp_path / "three.ckpt")
+    for (name, one), other in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_source_that_is_not_there_is_named_also_beside_a_cache(folder):
+    objective, data = kd.build(str(folder), cache=str(folder / "nowhere"))
+    objective.source_weights = {"elsewhere": 2.0}
+    with pytest.raises(ValueError, match="model.source_weights names 'elsewhere'; the sources are"):
+        law.trainer_of(str(folder), "auto", 1, 1).fit(objective, datamodule=data)

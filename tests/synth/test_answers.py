@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from ptl.rollout.sampling import generate
 from ptl.synth.answers import Writing, append_lines, whole_lines, write_answers
-from ptl.synth.generation import generate
 from tests.ranks import ROOT
 from tests.synth import parts
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from ptl.data.teacher_cache import rescaled
+from ptl.rollout.sampling import draw, uniforms
 from ptl.synth import distributions
-from ptl.synth.distributions import counted, draw, losses, top_k, uniforms, usable
+from ptl.synth.distributions import counted, losses, top_k, usable
 
 
 def some(rows=6, vocab=40, seed=0, scale=3.0):

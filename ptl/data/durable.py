@@ -26,14 +26,15 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, writer: str = "") -> Iterator[Path]:
     """Gives a temporary path beside ``path``; what is written there takes the place of ``path`` at once at the end.
 
     The contents are on disk before the name changes. When the body raises, the temporary file is removed and what was
-    at ``path`` stays untouched. One writer a path: a second one would share the temporary name.
+    at ``path`` stays untouched. Writers of one path at the same time each need a ``writer`` name of their own, which is
+    part of the temporary name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    temporary = path.with_name(f".{path.name}{TEMPORARY}{writer}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
