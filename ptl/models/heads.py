@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ptl.functional.cross_entropy import FusedLoss, fused_linear_cross_entropy
+from ptl.functional.fused_divergence import Side
 from ptl.functional.neftune import neftune_noise
 from ptl.models.attention import NAME as PACKED
 from ptl.models.attention import packed_inputs
@@ -238,6 +239,18 @@ def _dora_weight(layer: Any, names: list[str], weight: Tensor) -> Tensor:
     return (magnitude / torch.linalg.vector_norm(direction.detach(), dim=1))[:, None] * direction
 
 
+def head_side(model: nn.Module, hidden: Tensor) -> Side:
+    """The head as it acts, with the hidden states [N, H] that it is applied to."""
+    head = lm_head(model)
+    low_rank = None if head.low_rank is None else (head.low_rank[0](hidden), head.low_rank[1])
+    return Side(hidden, head.weight, head.bias, low_rank, head.softcap, head.logit_scale)
+
+
+def chosen(states: Tensor, positions: Tensor) -> Tensor:
+    """States [B, T, H] at flat positions int64 [N] of [B * T]."""
+    return states.flatten(0, 1).index_select(0, positions)
+
+
 # ---- the loss ----
 
 
@@ -270,17 +283,16 @@ class HeadLoss(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor, weights: Tensor, options: dict[str, Any]) -> FusedLoss:
         """Loss of hidden states [N, H]; ``options`` are keyword arguments of ``fused_linear_cross_entropy``."""
-        head = lm_head(self._model[0])
-        low_rank = None if head.low_rank is None else (head.low_rank[0](hidden), head.low_rank[1])
+        side = head_side(self._model[0], hidden)
         return fused_linear_cross_entropy(
             hidden,
-            head.weight,
+            side.weight,
             targets,
             weights,
-            bias=head.bias,
-            low_rank=low_rank,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
+            bias=side.bias,
+            low_rank=side.low_rank,
+            softcap=side.softcap,
+            logit_scale=side.logit_scale,
             **options,
         )
 
@@ -311,7 +323,6 @@ def lm_loss(
     """
     positions, targets, weights = shifted_targets(batch)
     hidden = hidden_states(model, batch, neftune_alpha=neftune_alpha)
-    chosen = hidden.flatten(0, 1).index_select(0, positions)
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "metrics": metrics}
-    fused = (head_loss or HeadLoss(model))(chosen, targets, weights, options)
+    fused = (head_loss or HeadLoss(model))(chosen(hidden, positions), targets, weights, options)
     return TokenLoss(fused, batch.document_ids.flatten()[positions])

@@ -1,7 +1,6 @@
 """Distillation: the student fits the teacher's whole distribution at every trained position.
 
-The file is one class, whole: where the teacher is, what it says and what is made of it are one objective. The
-arithmetic is in ``functional``, realigned batches and caches in ``data``, the models in ``models``.
+The arithmetic is in ``functional``, realigned batches and caches in ``data``, a teacher that runs in ``live_teacher``.
 """
 
 from __future__ import annotations
@@ -25,15 +24,21 @@ from ptl.functional.cross_tokenizer import Side as CrossSide
 from ptl.functional.divergence import Divergence
 from ptl.functional.fused_divergence import FusedDivergence, Side, fused_divergence
 from ptl.functional.hidden_match import hidden_match, teacher_layer
-from ptl.models.heads import Head, HeadLoss, block_outputs, causal_lm, hidden_states, lm_head, shifted_targets
+from ptl.models.heads import (
+    HeadLoss,
+    block_outputs,
+    causal_lm,
+    chosen,
+    head_side,
+    hidden_states,
+    shifted_targets,
+)
 from ptl.models.optimizer import Optimizer, Schedule
 from ptl.models.spec import ModelSpec
-from ptl.models.teachers import Teacher, build_teacher
+from ptl.models.teachers import Teacher
 from ptl.models.vocabulary import compare_vocabularies, vocabulary_size
-from ptl.models.zero3 import zero3_hidden
 from ptl.objectives.base import Objective
-from ptl.strategies.frozen import ShardedModel
-from ptl.strategies.partition import gathered
+from ptl.objectives.live_teacher import LiveTeacher
 from ptl.types import LossOutput, SparseTargets, TokenBatch
 
 
@@ -129,30 +134,21 @@ class Distillation(Objective):
         self.ce = ce
         self.source_weights = dict(source_weights or {})
         self.on_policy, self.hidden = on_policy, hidden
-        # In a tuple: a registered submodule would be trained, saved and switched to training mode with the student.
-        self._frozen: tuple[nn.Module, ...] = ()
-        self._sharded: ShardedModel | None = None
+        self._live: LiveTeacher | None = None
         self._caches: dict[str, TeacherCache] = {}
         self._vocabulary: int | None = None
-        self._copied_head: Head | None = None
 
     # ---- building ----
 
     def configure_model(self) -> None:
         super().configure_model()
-        if self.teacher.model is not None and self.teacher.cache is None and not self._frozen:
-            spec = self.teacher.model
-            if self.teacher.placement == "sharded":
-                self._sharded = ShardedModel(lambda: build_teacher(spec))
-                self._frozen = (self._sharded.model,)
-            else:
-                with zero3_hidden(self.policy):  # a replica is whole, also beside a student that is sharded
-                    self._frozen = (build_teacher(spec),)
+        if self.teacher.cache is None and self._live is None:
+            self._live = LiveTeacher(self.teacher, beside=self.policy)
         if self.hidden is not None and not hasattr(self, "projections"):
-            self.projections = self._make_projections(self.hidden)
+            self.projections = self._make_projections(self.hidden, self._taught_by.model)
 
-    def _make_projections(self, hidden: HiddenMatch) -> nn.ModuleDict:
-        (ours, theirs) = (causal_lm(m).config.get_text_config() for m in (self.policy, self._frozen[0]))
+    def _make_projections(self, hidden: HiddenMatch, teacher: nn.Module) -> nn.ModuleDict:
+        (ours, theirs) = (causal_lm(m).config.get_text_config() for m in (self.policy, teacher))
         made = nn.ModuleDict()
         for layer in hidden.layers:
             teacher_layer(layer, ours.num_hidden_layers, theirs.num_hidden_layers)
@@ -172,7 +168,12 @@ class Distillation(Objective):
 
     def teacher_model(self) -> nn.Module | None:
         """The frozen teacher, or None where only its cache is read."""
-        return self._frozen[0] if self._frozen else None
+        return self._live.model if self._live is not None else None
+
+    @property
+    def _taught_by(self) -> LiveTeacher:
+        assert self._live is not None  # configure_model has run, and there is no cache
+        return self._live
 
     def shared_parameters(self) -> list[nn.Parameter]:
         projections = list(self.projections.parameters()) if self.hidden is not None else []
@@ -219,12 +220,7 @@ class Distillation(Objective):
                         )
                     self._vocabulary = plan.vocab
             return
-        model = self._frozen[0]
-        if self._sharded is None:
-            # Quantised layers are where they were made; moving codes is their library's affair.
-            where = torch.device(self.teacher.device) if self.teacher.device else self.device
-            if next(model.parameters()).device != where:
-                model.to(where)
+        self._taught_by.place(self.device)
 
     def _shared_vocabulary(self) -> int:
         student = self.data.renderer.tokenizer
@@ -238,9 +234,9 @@ class Distillation(Objective):
         return compare_vocabularies(student, teacher).size
 
     def teardown(self, stage: str) -> None:
-        if self._sharded is not None:
-            self._sharded.close()
-            self._sharded, self._frozen = None, ()
+        if self._live is not None and self.teacher.placement == "sharded":
+            self._live.close()
+            self._live = None  # its shards go with the process group; the next loop makes another
 
     # ---- the loss ----
 
@@ -264,15 +260,17 @@ class Distillation(Objective):
         positions, targets, weights = shifted_targets(batch)
         documents = batch.document_ids.flatten()[positions]
         scaled = weights * self._factors(batch)[documents] if self.source_weights else weights
-        blocks = self.hidden.layers if self.hidden is not None else []
-        with block_outputs(self.policy, blocks) as ours:
-            hidden = _chosen(hidden_states(self.policy, batch), positions)
-        teacher, theirs = self._taught(batch, positions)
+        with block_outputs(self.policy, self.hidden.layers if self.hidden is not None else []) as ours:
+            hidden = chosen(hidden_states(self.policy, batch), positions)
+        theirs: dict[int, Tensor] = {}
         with ExitStack() as stack:
-            if isinstance(teacher, Side) and self._sharded is not None:
-                stack.enter_context(gathered([teacher.weight, *([] if teacher.bias is None else [teacher.bias])]))
+            if self.teacher.cache is not None:
+                teacher: Side | SparseTargets = self._kept(batch)
+            else:
+                states, theirs = self._taught_by.states(batch, positions, list(self._teacher_blocks().values()))
+                teacher = stack.enter_context(self._taught_by.side(states))
             fused = fused_divergence(
-                _side(lm_head(self.policy), hidden),
+                head_side(self.policy, hidden),
                 teacher,
                 targets,
                 scaled,
@@ -291,20 +289,14 @@ class Distillation(Objective):
         """The loss with a teacher of another tokenizer."""
         both = cross(batch)
         states = hidden_states(self.policy, batch)
-        ours = _side(lm_head(self.policy), _chosen(states, both.student_positions))
-        model = self._frozen[0]
-        where = next(model.parameters()).device if self._sharded is None else states.device
-        with torch.no_grad():
-            seen = hidden_states(model, both.teacher.on(where)).to(states.device)
-        theirs = _side(self._teacher_head(model, states.device), _chosen(seen, both.teacher_positions))
+        ours = head_side(self.policy, chosen(states, both.student_positions))
+        seen, _ = self._taught_by.states(both.teacher, both.teacher_positions)
         weights = both.weights
         if self.source_weights:
             weights = weights * self._factors(batch)[both.documents]
-        with ExitStack() as stack:
-            if self._sharded is not None:
-                stack.enter_context(gathered([theirs.weight, *([] if theirs.bias is None else [theirs.bias])]))
-            our_targets = batch.input_ids.flatten()[both.student_positions + 1]
-            their_targets = both.teacher.input_ids.flatten()[both.teacher_positions + 1]
+        our_targets = batch.input_ids.flatten()[both.student_positions + 1]
+        their_targets = both.teacher.input_ids.flatten()[both.teacher_positions + 1]
+        with self._taught_by.side(seen) as theirs:
             crossed = fused_cross_tokenizer_loss(
                 _cut(ours, cross.student_vocabulary, our_targets),
                 _cut(theirs, cross.teacher_vocabulary, their_targets),
@@ -324,50 +316,33 @@ class Distillation(Objective):
         if self.ce or self.wants_details:
             # The fused loss makes its gradients on the way forward: none where it is only looked at.
             with torch.set_grad_enabled(bool(self.ce) and torch.is_grad_enabled()):
-                nll = HeadLoss(self.policy)(_chosen(states, positions), targets, plain, {})
+                nll = HeadLoss(self.policy)(chosen(states, positions), targets, plain, {})
             total = total + self.ce * nll.total
             metrics |= {"loss": (total.detach(), weight), "nll": (nll.nll.detach(), nll.weight)}
         return LossOutput(total, weight, metrics)
 
-    def _taught(self, batch: TokenBatch, positions: Tensor) -> tuple[Side | SparseTargets, dict[int, Tensor]]:
-        """What the teacher says about the trained tokens, and its states of the blocks that are matched."""
-        if self.teacher.cache is not None:
-            cache = self._caches["train" if self.training else "val"]
-            host = batch.on("cpu")
-            return SparseTargets(*(t.to(positions.device) for t in cache.lookup(host))), {}
-        model = self._frozen[0]
-        where = next(model.parameters()).device if self._sharded is None else positions.device
-        moved = batch
-        if where != positions.device:
-            moved = batch.on(where)
-        blocks = {}
-        if self.hidden is not None:
-            depths = [causal_lm(m).config.get_text_config().num_hidden_layers for m in (self.policy, model)]
-            blocks = {layer: teacher_layer(layer, *depths) for layer in self.hidden.layers}
-        with torch.no_grad(), block_outputs(model, list(blocks.values())) as seen:
-            states = _chosen(hidden_states(model, moved), positions.to(where))
-        theirs = {layer: seen[block].to(positions.device) for layer, block in blocks.items()}
-        return _side(self._teacher_head(model, positions.device), states.to(positions.device)), theirs
+    def _kept(self, batch: TokenBatch) -> SparseTargets:
+        """What the cache keeps of the teacher for the batch's trained tokens."""
+        kept = self._caches["train" if self.training else "val"].lookup(batch.on("cpu"))
+        return SparseTargets(*(tensor.to(batch.input_ids.device) for tensor in kept))
 
-    def _teacher_head(self, model: nn.Module, device: torch.device) -> Head:
-        """The head where the student is: a copy, made once, of a teacher that is elsewhere."""
-        head = lm_head(model)
-        if head.weight.device == device or self._sharded is not None:
-            return head
-        if self._copied_head is None:
-            bias = None if head.bias is None else head.bias.to(device)
-            self._copied_head = head._replace(weight=head.weight.to(device), bias=bias)
-        return self._copied_head
+    def _teacher_blocks(self) -> dict[int, int]:
+        """The teacher's block for each block of the student that is matched."""
+        if self.hidden is None:
+            return {}
+        models = (self.policy, self._taught_by.model)
+        depths = [causal_lm(model).config.get_text_config().num_hidden_layers for model in models]
+        return {layer: teacher_layer(layer, *depths) for layer in self.hidden.layers}
 
     def _matched(
         self, ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor], positions: Tensor, weights: Tensor
     ) -> Tensor:
         assert self.hidden is not None
         total = weights.new_zeros(())
-        for layer in self.hidden.layers:
+        for layer, block in self._teacher_blocks().items():
             projection = self.projections[str(layer)].weight if self.hidden.project else None
-            pair = (_chosen(states[layer], positions) for states in (ours, theirs))
-            total = total + hidden_match(*pair, weights, projection, self.hidden.kind)  # pyright: ignore
+            pair = chosen(ours[layer], positions), chosen(theirs[block], positions)
+            total = total + hidden_match(*pair, weights, projection, self.hidden.kind)  # pyright: ignore[reportArgumentType]
         return total
 
     def _factors(self, batch: TokenBatch) -> Tensor:
@@ -406,17 +381,8 @@ class Distillation(Objective):
         return metrics
 
 
-def _chosen(states: Tensor, positions: Tensor) -> Tensor:
-    return states.flatten(0, 1).index_select(0, positions)
-
-
 def _cut(side: Side, size: int, targets: Tensor) -> CrossSide:
     """A side of the cross-tokenizer loss: its true vocabulary, and its own tokens."""
     low_rank = None if side.low_rank is None else (side.low_rank[0], side.low_rank[1][:size])
     bias = None if side.bias is None else side.bias[:size]
     return CrossSide(side.hidden, side.weight[:size], targets, bias, low_rank, side.softcap, side.logit_scale)
-
-
-def _side(head: Head, hidden: Tensor) -> Side:
-    low_rank = None if head.low_rank is None else (head.low_rank[0](hidden), head.low_rank[1])
-    return Side(hidden, head.weight, head.bias, low_rank, head.softcap, head.logit_scale)

@@ -1,7 +1,9 @@
 """The run folder: what is in it, what is never in it, and how it ends."""
 
 import json
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -36,7 +38,7 @@ def test_the_run_folder_says_what_was_run_and_how_it_ended(tmp_path):
     names = {p.name for p in tmp_path.iterdir()}
     assert {"command.txt", "versions.json", "environment.json", "git.json", "model.json", "summary.json"} <= names
     assert {"attempts.jsonl", "metrics.jsonl", "checkpoints"} <= names
-    assert "pytest" in (tmp_path / "command.txt").read_text()
+    assert (tmp_path / "command.txt").read_text() == shlex.join([sys.executable, *sys.argv]) + "\n"
     found = read(tmp_path, "versions.json")
     assert found["packages"]["lightning"].startswith("2.") and found["torch"] and found["python"].startswith("3.")
     assert read(tmp_path, "environment.json")["world_size"] == 1

@@ -194,7 +194,6 @@ def test_foreign_code_is_refused_unless_asked(folders, tmp_path):
     ("arguments", "words"),
     [
         ({"name": " "}, "policy.name"),
-        ({"name": "x", "quantize": "nf4"}, "adapter"),
         ({"name": "x", "attention": "flash_attention_2"}, "bf16"),
         ({"name": "/nowhere/at/all"}, "/nowhere/at/all"),
     ],

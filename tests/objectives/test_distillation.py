@@ -188,7 +188,7 @@ def test_trap_rm_kd_10_the_teacher_is_frozen_in_eval_mode_and_in_no_checkpoint(f
     objective.policy.train()
     batch = first_batch(dropped)
     with torch.no_grad():
-        a, b = (objective._taught(batch, torch.arange(4))[0].hidden for _ in range(2))  # pyright: ignore
+        a, b = (objective._taught_by.states(batch, torch.arange(4))[0] for _ in range(2))  # pyright: ignore
     assert torch.equal(a, b)
     assert not any(m.training for m in teacher.modules())
     mine = {id(p) for p in teacher.parameters()}
