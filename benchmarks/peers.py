@@ -115,7 +115,11 @@ def result(args: argparse.Namespace, spec: dict[str, Any], pairs: Sequence[Pair]
         "model": args.model.name,
         "threads": args.threads,
         "batch_rows": args.batch_rows,
-        **{key: spec[key] for key in ("rows_sha256", "mean_tokens", "student_layers") if key in spec},
+        **{
+            key: spec[key]
+            for key in ("rows_sha256", "mean_tokens", "student_layers", "answers", "share_prompt")
+            if key in spec
+        },
     }
 
 

@@ -99,7 +99,9 @@ class Ranking:
     Attributes:
         prompt: the turns before the answers.
         completions: K answers of one or more turns each.
-        ranks: K numbers, lower is better, equal is a tie.
+        ranks: K numbers, lower is better, equal is a tie; NaN for an answer that was not ranked. At least two are.
+        scores: K numbers, higher is better, where the row has them: how much better, for a margin; NaN as above.
+        annotator: who ranked them, where the row says it.
         tools: as in ``Conversation``.
         origin: file and line.
     """
@@ -107,6 +109,8 @@ class Ranking:
     prompt: tuple[Message, ...]
     completions: tuple[tuple[Message, ...], ...]
     ranks: tuple[float, ...]
+    scores: tuple[float, ...] | None = None
+    annotator: str | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
     origin: Origin
 
@@ -186,6 +190,61 @@ class TokenBatch(NamedTuple):
     def on(self, device: torch.device | str) -> TokenBatch:
         """The batch on a device."""
         return TokenBatch(*(None if t is None else t.to(device) for t in self))  # pyright: ignore[reportArgumentType]
+
+
+class GroupBatch(NamedTuple):
+    """Ranked answers to P prompts, each of the D answers once, ready for one forward pass.
+
+    ``tokens`` holds segments. Padded, or packed without a shared prompt, a segment is a whole document: prompt and
+    answer. With a shared prompt a segment is either what a prompt's answers have in common, or the rest of one answer,
+    which goes on at the next position and sees the segment that ``parents`` names.
+
+    Attributes:
+        tokens: the segments; its ``document_ids`` and ``rows`` are by segment.
+        parents: int64 [S], the segment that a segment goes on from, or -1; None where there is none.
+        last: int64 [D], flat position in [B * T] of each answer's last token, padding never.
+        groups: int64 [D], the prompt of each answer, ascending.
+        ranks: float32 [D], lower is better, equal is a tie; NaN where the answer was not ranked.
+        scores: float32 [D], higher is better; NaN where the row has none.
+        lengths: int64 [D], tokens of each answer.
+        prompt_weights: float32 [P], 1, or 0 for a prompt that only fills a place.
+        prompt_sources: int64 [P], index of each prompt's data source.
+        pairs: int64 [2, N], the better and the worse answer of each pair of ranked answers of one prompt, tied pairs
+            too.
+        pair_shares: float32 [N], 1 / number of pairs of the prompt.
+        tied: bool [N].
+        targets: int64 [M], ids of the answers' trained tokens, answer after answer.
+        predicted_from: int64 [M], flat position of the hidden state that predicts each.
+        owners: int64 [M], the answer each belongs to.
+        target_weights: float32 [M], its loss weight.
+    """
+
+    tokens: TokenBatch
+    parents: Tensor | None
+    last: Tensor
+    groups: Tensor
+    ranks: Tensor
+    scores: Tensor
+    lengths: Tensor
+    prompt_weights: Tensor
+    prompt_sources: Tensor
+    pairs: Tensor
+    pair_shares: Tensor
+    tied: Tensor
+    targets: Tensor
+    predicted_from: Tensor
+    owners: Tensor
+    target_weights: Tensor
+
+    @property
+    def window_weight(self) -> Tensor:
+        """float64 [], prompts of the whole optimizer window over all ranks; what the loss is divided by."""
+        return self.tokens.window_weight
+
+    @property
+    def pair_prompts(self) -> Tensor:
+        """int64 [N], the prompt of each pair."""
+        return self.groups[self.pairs[0]]
 
 
 class SparseTargets(NamedTuple):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from benchmarks.peer_tools.breakdown import breakdown
 from benchmarks.peer_tools.compare import Measured
@@ -20,6 +21,15 @@ from ptl.models.optimizer import Optimizer, Schedule
 from ptl.models.spec import Dtype
 from ptl.objectives.base import Objective
 
+WorkOf = Callable[[Any], tuple[Tensor, Tensor, int]]
+"""Lengths of a micro-batch's documents, its trained tokens, and the tokens that go through the model."""
+
+
+def work_of_tokens(batch: Any) -> tuple[Tensor, Tensor, int]:
+    """The work of a ``TokenBatch``."""
+    lengths = torch.bincount(batch.document_ids[batch.document_ids >= 0])
+    return lengths, (batch.loss_mask != 0).sum(), batch.input_ids.numel()
+
 
 class Steps(L.Callback):
     """Writes down tokens and losses, marks the end of each optimizer step, and profiles the steps after warm-up.
@@ -28,18 +38,18 @@ class Steps(L.Callback):
         clock: is marked.
         counts: are added to.
         profile_after: steps before the profile starts; None for no profile.
+        work_of: counts a batch.
     """
 
-    def __init__(self, clock: StepClock, counts: Counts, profile_after: int | None) -> None:
-        self.clock, self.counts, self.profile_after = clock, counts, profile_after
+    def __init__(self, clock: StepClock, counts: Counts, profile_after: int | None, work_of: WorkOf) -> None:
+        self.clock, self.counts, self.profile_after, self.work_of = clock, counts, profile_after, work_of
         self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.clock.start()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        lengths = torch.bincount(batch.document_ids[batch.document_ids >= 0])
-        self.counts.add(lengths, (batch.loss_mask != 0).sum(), batch.input_ids.numel())
+        self.counts.add(*self.work_of(batch))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.counts.add_loss(outputs["loss"])
@@ -75,7 +85,7 @@ def weights_of(spec: Mapping[str, Any]) -> Dtype:
 def data_of(spec: Mapping[str, Any], folder: Path) -> ChatDataModule:
     """The rows in their order, each step's dealt to its micro-batches."""
     return ChatDataModule(
-        [Source(path=spec["rows"], format="messages")],
+        [Source(path=spec["rows"], format=spec.get("format", "messages"))],
         max_length=spec["max_length"],
         layout=spec["layout"],
         micro_batch_size=spec["micro"],
@@ -85,7 +95,12 @@ def data_of(spec: Mapping[str, Any], folder: Path) -> ChatDataModule:
 
 
 def fit(
-    spec: Mapping[str, Any], objective: Objective, *, settings: Mapping[str, Any], teacher: str | None = None
+    spec: Mapping[str, Any],
+    objective: Objective,
+    *,
+    settings: Mapping[str, Any],
+    teacher: str | None = None,
+    work_of: WorkOf = work_of_tokens,
 ) -> Measured:
     """One measured run in this process.
 
@@ -94,6 +109,7 @@ def fit(
         objective: is trained; its models are not built yet.
         settings: of this stage, recorded beside those of every stage.
         teacher: folder of a frozen model that every token also goes through.
+        work_of: counts a batch.
     """
     device, accumulate = spec["device"], spec["batch_rows"] // spec["micro"]
     clock, counts = StepClock(device), Counts(accumulate)
@@ -102,7 +118,7 @@ def fit(
     folder = Path(spec["folder"]) / "ptl"
     data = data_of(spec, folder)
     data.bind(view=objective.view, tokenizer=objective.spec.name)
-    steps = Steps(clock, counts, spec["warmup"] if spec["profile"] else None)
+    steps = Steps(clock, counts, spec["warmup"] if spec["profile"] else None, work_of)
     trainer = L.Trainer(
         accelerator="cpu" if device == "cpu" else "gpu",
         devices=1,

@@ -124,15 +124,14 @@ def preview(args: argparse.Namespace) -> int:
     sources = sources_of(args)
     if args.rows < 1:
         raise ValueError(f"--rows is {args.rows}; expected 1 or more")
-    from ptl.data.preview import headline, painted, preview_rows, segments
-    from ptl.data.views import ChatView
+    from ptl.data.preview import headline, painted, preview_rows, segments, view_of
 
     renderer, console = renderer_of(args), _console()
     colour = console.color_system is not None and not console.no_color
     tokenizer, wrap = renderer.tokenizer, not console.is_terminal
     how: dict[str, Any] = {"max_length": args.max_length, "truncation": args.truncation, "rows": args.rows}
     for source in sources:
-        for origin, documents, problem in preview_rows(source, view=ChatView(), renderer=renderer, **how):
+        for origin, documents, problem in preview_rows(source, view=view_of([source]), renderer=renderer, **how):
             if problem is not None:
                 console.print(f"── {origin}: not trained: {problem}", style="red", markup=False, soft_wrap=wrap)
             for number, example in enumerate(documents, 1):
@@ -149,12 +148,12 @@ def audit(args: argparse.Namespace) -> int:
     sources = sources_of(args)
     from ptl.data.audit import Thresholds
     from ptl.data.prepare import audit_sources
-    from ptl.data.views import ChatView
+    from ptl.data.preview import view_of
 
     limits = Thresholds(max_bad_fraction=args.max_bad_fraction)
     found = audit_sources(
         sources,
-        view=ChatView(),
+        view=view_of(sources),
         renderer=renderer_of(args),
         max_length=args.max_length,
         truncation=args.truncation,

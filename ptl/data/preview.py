@@ -11,12 +11,13 @@ import numpy as np
 from ptl.data.batches import mask_of
 from ptl.data.encode import trained_tokens
 from ptl.data.files import resolve
+from ptl.data.groups import RankingView
 from ptl.data.readers import blocks, first_rows
 from ptl.data.records import parse_row
 from ptl.data.render import Renderer, RenderError, Truncation
-from ptl.data.sources import BadRow, Source, check_record, detect_format
-from ptl.data.views import Example, View
-from ptl.types import Origin
+from ptl.data.sources import RECORD_OF, BadRow, Source, check_record, detect_format
+from ptl.data.views import ChatView, Example, View
+from ptl.types import Origin, Ranking
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -63,8 +64,26 @@ def preview_rows(
         except BadRow as bad:
             yield Previewed(origin, [], str(bad))
             continue
-        failed = isinstance(made, RenderError)
-        yield Previewed(origin, [] if failed else made, str(made) if failed else None)
+        if isinstance(made, RenderError):
+            yield Previewed(origin, [], str(made))
+        else:
+            yield Previewed(origin, [shown for example in made for shown in view.documents(example)], None)
+
+
+def view_of(sources: Sequence[Source]) -> View:
+    """The view that reads the sources' rows: of rankings ``RankingView``, else ``ChatView``.
+
+    Raises:
+        ValueError: they hold both, or a source's format cannot be told.
+    """
+    records = {}
+    for source in sources:
+        row_format = detect_format(source, () if source.format != "auto" else first_rows(source))
+        records[RECORD_OF[row_format]] = source.path
+    if Ranking in records and len(records) > 1:
+        other = next(path for record, path in records.items() if record is not Ranking)
+        raise ValueError(f"{records[Ranking]} holds rankings and {other} does not: look at them one at a time")
+    return RankingView() if Ranking in records else ChatView()
 
 
 def segments(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[Segment]:
@@ -121,6 +140,7 @@ def headline(origin: Origin, example: Example, number: int, count: int) -> str:
     trained, length = trained_tokens(example), int(example["length"])
     notes = [name for key, name in (("truncated", "truncated"), ("lost_end", "lost its end-of-turn")) if example[key]]
     part = f", document {number} of {count}" if count > 1 else ""
+    part += f", {example['note']}" if "note" in example else ""
     return f"{origin}{part}: {length:,} tokens, {trained:,} trained ({trained / max(1, length):.0%})" + "".join(
         f", {note}" for note in notes
     )

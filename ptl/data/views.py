@@ -55,6 +55,10 @@ class View(ABC):
     def without_weight(self, row: Mapping[str, Any]) -> Example:
         """The same example with every loss weight 0: what fills a place that has no example."""
 
+    def documents(self, example: Example) -> list[Example]:
+        """The texts of an example for a reader's eye: ids with their loss weights, and under ``note`` what they are."""
+        return [example]
+
 
 class ChatView(View):
     """Conversations, or plain text, as documents of tokens with a loss mask; batches are ``TokenBatch``.

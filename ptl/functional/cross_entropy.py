@@ -89,7 +89,7 @@ def fused_linear_cross_entropy(
             the head.
     """
     reduced, up = low_rank if low_rank is not None else (None, None)
-    _check_shapes(Inputs(hidden, weight, bias, reduced, up), targets, loss_weights)
+    check_shapes(Inputs(hidden, weight, bias, reduced, up), targets, loss_weights)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must be at least 0 and below 1")
     if z_loss < 0.0:
@@ -141,7 +141,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         return *handed_over(ctx, grad_outputs[0], "fused_linear_cross_entropy"), None, None, None
 
 
-def _check_shapes(inputs: Inputs, targets: Tensor, loss_weights: Tensor) -> None:
+def check_shapes(inputs: Inputs, targets: Tensor, loss_weights: Tensor) -> None:
+    """Raises ValueError where shapes do not fit, with the one that is expected."""
     n, h = inputs.hidden.shape if inputs.hidden.ndim == 2 else (-1, -1)
     vocab = inputs.weight.shape[0]
     rank = inputs.reduced.shape[-1] if inputs.reduced is not None else 0

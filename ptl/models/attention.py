@@ -25,7 +25,7 @@ NAME = "ptl_packed"
 """The value of ``attn_implementation``."""
 
 
-def packed_inputs(implementation: str | None, cu_seqlens: Tensor) -> dict[str, Any]:
+def packed_inputs(implementation: str | None, cu_seqlens: Tensor, parents: Tensor | None = None) -> dict[str, Any]:
     """Keyword arguments that make a backbone keep the documents of one packed row apart.
 
     Besides them it needs ``position_ids`` that restart at each document and ``use_cache=False``.
@@ -34,10 +34,17 @@ def packed_inputs(implementation: str | None, cu_seqlens: Tensor) -> dict[str, A
         implementation: the model's ``config._attn_implementation``.
         cu_seqlens: int32 [D + 1], bounds of the documents. On a GPU its values are read back once, here, and not in
             the layers.
+        parents: int64 [documents], of each document the one that it goes on from, whose tokens it sees before its own,
+            or -1; None where none does. A document that others go on from goes on from none.
 
     Raises:
-        ValueError: the implementation cannot keep documents apart.
+        ValueError: the implementation cannot keep documents apart, or not let them share a beginning.
     """
+    if parents is not None and implementation != NAME:
+        raise ValueError(
+            f"attention {implementation!r} cannot let documents share their beginning: set policy.attention to packed, "
+            "or model.share_prompt to false"
+        )
     if implementation in ("sdpa", "eager"):
         # transformers builds a block-diagonal mask from positions that restart, provided that it is given no mask (not
         # even one of ones) and no cache.
@@ -53,7 +60,8 @@ def packed_inputs(implementation: str | None, cu_seqlens: Tensor) -> dict[str, A
         # A mask of four dimensions is handed to the layers as it is, so that no [T, T] mask is made. It has no
         # elements: whatever would use it fails for its shape instead of mixing documents.
         nothing = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=cu_seqlens.device)
-        return {**bounds, "document_lengths": lengths, "attention_mask": nothing}
+        shared = {} if parents is None else {"document_parents": tuple(parents.tolist())}
+        return {**bounds, "document_lengths": lengths, "attention_mask": nothing, **shared}
     if implementation is not None and implementation.startswith("flash_attention"):
         return {**bounds, "attention_mask": None}
     raise ValueError(
@@ -77,6 +85,7 @@ def packed_attention(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     document_lengths: Sequence[int] | None = None,
+    document_parents: Sequence[int] | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     **kwargs: Any,
@@ -98,6 +107,7 @@ def packed_attention(
         s_aux: [Hq], attention sinks: one more score a head in the softmax's denominator (GPT-OSS); None is none.
         position_bias: added to the scores by some encoders; taken only where documents are not packed.
         document_lengths: lengths of the packed documents; sums to T.
+        document_parents: as ``parents`` of ``packed_inputs``.
         cu_seq_lens_q: int32 [documents + 1], the same as bounds; its presence is what says that documents are packed.
         max_length_q: the longest of them.
 
@@ -132,22 +142,29 @@ def packed_attention(
             f"{tuple(query.shape)}, keys of shape {tuple(key.shape)}, causal={causal}: set data.layout to padded"
         )
     plain = softcap is None and s_aux is None
-    if plain and cu_seq_lens_q is not None and max_length_q is not None and _has_kernel(query, key, value, dropout):
+    alone = document_parents is None
+    kernel = plain and alone and cu_seq_lens_q is not None and _has_kernel(query, key, value, dropout)
+    if kernel and cu_seq_lens_q is not None and max_length_q is not None:
         return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window), None
     if document_lengths is None and cu_seq_lens_q is not None:
         document_lengths = cu_seq_lens_q.diff().tolist()
-    out = []
     # split, not slices: the gradient of a slice is a whole row of zeros around it.
-    for q, k, v in zip(*(t.split(list(document_lengths or ()), dim=2) for t in (query, key, value))):
-        length = q.shape[2]
-        beyond = sliding_window is not None and length > sliding_window
+    queries, keys, values = (t.split(list(document_lengths or ()), dim=2) for t in (query, key, value))
+    out = []
+    for number, (q, k, v) in enumerate(zip(queries, keys, values)):
+        parent = -1 if document_parents is None else document_parents[number]
+        if parent >= 0:
+            k, v = torch.cat([keys[parent], k], 2), torch.cat([values[parent], v], 2)
+        seen = k.shape[2]
+        beyond = sliding_window is not None and seen > sliding_window
         if plain:
-            mask = _window_mask(length, sliding_window, q.device) if beyond else None
+            masked = beyond or parent >= 0
+            mask = _window_mask(q.shape[2], sliding_window if beyond else None, q.device, seen) if masked else None
             attended = scaled_dot_product_attention(
                 q, k, v, mask, dropout, mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
         else:
-            mask = _window_mask(length, sliding_window if beyond else None, q.device)
+            mask = _window_mask(q.shape[2], sliding_window if beyond else None, q.device, seen)
             attended = _explicit(q, k, v, mask, scale, dropout, softcap, s_aux)
         out.append(attended.transpose(1, 2))
     return torch.cat(out, 1), None
@@ -178,10 +195,11 @@ def _explicit(
     return drop(weights, dropout) @ value
 
 
-def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [length, length]: a query sees itself and what is before it, at most ``window`` keys."""
-    position = torch.arange(length, device=device)
-    behind = position[:, None] - position[None, :]
+def _window_mask(length: int, window: int | None, device: torch.device, keys: int | None = None) -> Tensor:
+    """bool [length, keys]: a query sees itself and what is before it, at most ``window`` keys; the last see all."""
+    keys = keys or length
+    key = torch.arange(keys, device=device)
+    behind = key[keys - length :, None] - key[None, :]
     return behind >= 0 if window is None else (behind >= 0) & (behind < window)
 
 

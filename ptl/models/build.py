@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ptl.models.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from ptl.models.adapters import add_lora, gathered
@@ -32,11 +33,16 @@ from ptl.models.students import make_student
 
 
 class ScalarHead(nn.Linear):
-    """One number a position, [*, hidden] -> [*, 1], computed in fp32 whatever the dtype of the hidden states."""
+    """One number a position, [*, hidden] -> [*, 1], computed in fp32 whatever the dtype of states and weights.
+
+    ZeRO casts the weights to the engine's 16 bits and keeps fp32 ones in its optimizer; a product in 16 bits would make
+    ties of scores that differ.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.to(self.weight.dtype))
+            return nn.functional.linear(input.to(wide), self.weight.to(wide))
 
 
 def build(spec: ModelSpec) -> nn.Module:
@@ -203,9 +209,11 @@ def _scalar_head(model: Any) -> None:
     old: Any = getattr(model, "score", None)
     if not isinstance(old, nn.Linear):
         raise ValueError(f"head scalar: {type(model).__name__} has no linear module called score")
-    head = ScalarHead(old.in_features, 1, bias=False, dtype=torch.float32)
+    # ZeRO-3 takes parameters of one dtype alone; its optimizer holds fp32 ones.
+    dtype = old.weight.dtype if is_deepspeed_zero3_enabled() else torch.float32
+    head = ScalarHead(old.in_features, 1, bias=False, dtype=dtype)
     with gathered(old.parameters()), torch.no_grad():
-        head.weight.copy_(old.weight.float())
+        head.weight.copy_(old.weight)
     model.score = head.to(old.weight.device)
     if model.config.pad_token_id is None:
         # The library's own forward refuses a batch without it; the objective reads its own positions.

@@ -64,7 +64,9 @@ def causal_lm(model: nn.Module) -> Any:
     return unwrap() if callable(unwrap) else model
 
 
-def hidden_states(model: nn.Module, batch: TokenBatch, *, neftune_alpha: float | None = None) -> Tensor:
+def hidden_states(
+    model: nn.Module, batch: TokenBatch, *, parents: Tensor | None = None, neftune_alpha: float | None = None
+) -> Tensor:
     """Last hidden states [B, T, H] of the backbone, after its final norm.
 
     Packed documents do not see each other, whatever the attention implementation.
@@ -72,6 +74,7 @@ def hidden_states(model: nn.Module, batch: TokenBatch, *, neftune_alpha: float |
     Args:
         model: a causal language model of transformers, with or without a peft adapter.
         batch: packed or padded.
+        parents: of packed documents, the one that each goes on from; see ``attention.packed_inputs``.
         neftune_alpha: noise on the embeddings while the model is in training mode; None or 0 for none.
 
     Raises:
@@ -82,7 +85,8 @@ def hidden_states(model: nn.Module, batch: TokenBatch, *, neftune_alpha: float |
     inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
     if batch.cu_seqlens is not None:
         _check_packs(lm, backbone)
-        inputs = {"position_ids": batch.position_ids, **packed_inputs(lm.config._attn_implementation, batch.cu_seqlens)}
+        packed = packed_inputs(lm.config._attn_implementation, batch.cu_seqlens, parents)
+        inputs = {"position_ids": batch.position_ids, **packed}
     alpha = neftune_alpha if neftune_alpha and model.training else 0.0
     with _noisy(lm.get_input_embeddings(), batch, alpha):
         # A cache makes transformers forget that documents are packed, and its default is the configuration's.

@@ -47,6 +47,8 @@ class Objective(L.LightningModule, ABC):
     view: View = ChatView()
     metric_names: tuple[str, ...] = ()
     """Names that ``loss`` may return in ``LossOutput.metrics`` beside ``loss``; a subclass declares them."""
+    has_perplexity = True
+    """Whether ``loss`` is nats a token, whose exponential is a perplexity."""
     policy: nn.Module
 
     def __init__(
@@ -163,7 +165,7 @@ class Objective(L.LightningModule, ABC):
         values = means.compute()
         means.reset()
         logged = {f"{stage}/{name}": value.float() for name, value in values.items()}
-        if "loss" in values:
+        if "loss" in values and self.has_perplexity:
             logged[f"{stage}/perplexity"] = values["loss"].exp().float()
         # The values are already reduced over ranks, so every rank logs the same.
         self.log_dict(logged, prog_bar=False, sync_dist=False)
@@ -192,6 +194,10 @@ class Objective(L.LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # ---- checkpoints ----
+
+    def export_files(self) -> dict[str, str]:
+        """Texts that go beside the exported model, by file name; called on rank 0 after training."""
+        return {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps only what training changes when something is frozen: a frozen base is rebuilt from its name."""

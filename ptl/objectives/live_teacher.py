@@ -53,13 +53,17 @@ class LiveTeacher:
 
     @torch.no_grad()
     def states(
-        self, batch: TokenBatch, positions: Tensor, blocks: Sequence[int] = ()
+        self, batch: TokenBatch, positions: Tensor, blocks: Sequence[int] = (), *, parents: Tensor | None = None
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Last hidden states [N, H] at flat ``positions``, and outputs [B, T, H] of some blocks, where these are."""
+        """Last hidden states [N, H] at flat ``positions``, and outputs [B, T, H] of some blocks, where these are.
+
+        ``parents`` as in ``hidden_states``.
+        """
         device = positions.device
         where = device if self._sharded is not None else next(self.model.parameters()).device
         with block_outputs(self.model, list(blocks)) as seen:
-            hidden = chosen(hidden_states(self.model, batch.on(where)), positions.to(where))
+            states = hidden_states(self.model, batch.on(where), parents=parents)
+            hidden = chosen(states, positions.to(where))
         return hidden.to(device), {block: states.to(device) for block, states in seen.items()}
 
     @contextmanager

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from ptl.functional.ranking_measures import TOTAL, ranking_sums
+from ptl.types import GroupBatch
+
 
 class WeightedMeans(Metric):
     """Named ratios sum / weight, added up on the device and reduced over ranks when computed.
@@ -41,3 +44,22 @@ class WeightedMeans(Metric):
         """``name -> sum / weight``; a name with no weight anywhere is left out."""
         values = self.values.cpu()
         return {name: values[i, 0] / values[i, 1] for name, i in self._index.items() if values[i, 1] > 0}
+
+
+class RankingMeasures(Metric):
+    """The sums of ``ptl.functional.ranking_measures`` over micro-batches and ranks, one collective when computed."""
+
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(TOTAL, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, rewards: Tensor, batch: GroupBatch) -> None:
+        """Adds the scores [D] of a batch's answers."""
+        self.sums += ranking_sums(rewards, batch.lengths, batch.groups, batch.pairs, batch.tied, batch.prompt_weights)
+
+    def compute(self) -> Tensor:
+        """float64 [TOTAL]; ``measures_of`` makes numbers of it."""
+        return self.sums

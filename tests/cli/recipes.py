@@ -16,10 +16,12 @@ def run(folder: str, recipes: list[str]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for recipe in recipes:
         name = Path(recipe).stem
-        rows = f"{{path: {folder}/{'text' if name == 'cpt' else 'rows'}.jsonl}}"
+        ranked = name.startswith(("reward", "dpo"))
+        rows = f"{{path: {folder}/{'text' if name == 'cpt' else 'rankings' if ranked else 'rows'}.jsonl}}"
         arguments = [
             "fit", "-c", recipe, "--run.dir", f"{folder}/runs/{name}",
-            "--model.policy.name", f"{folder}/model", "--data.train", f"[{rows}]", "--data.pack_to", "256",
+            "--model.policy.name", f"{folder}/model", "--data.train", f"[{rows}]",
+            "--data.pack_to", "512" if ranked else "256",
             "--data.max_length", "256", "--data.preparation.num_proc", "1", "--data.val_fraction", "0.2",
             "--data.val", "null",
             "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.max_steps", "2",

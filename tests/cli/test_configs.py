@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests import tiny
-from tests.objectives import law
+from tests.objectives import law, ranking
 from tests.ranks import run_ranks
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -68,6 +68,7 @@ def ran(tmp_path_factory):
     rows = law.write_rows(folder / "rows.jsonl", count=40)
     text = (json.dumps({"text": " ".join(m["content"] for m in row["messages"])}) + "\n" for row in rows)
     (folder / "text.jsonl").write_text("".join(text))
+    ranking.write_rows(folder / "rankings.jsonl", count=40)
     names = [str(path) for path in RECIPES]
     result = run_ranks("tests.cli.recipes:run", 1, {"folder": str(folder), "recipes": names}, timeout=280)[0]
     return folder, result
@@ -76,12 +77,13 @@ def ran(tmp_path_factory):
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", [path.stem for path in RECIPES])
 def test_every_recipe_runs_two_steps_and_exports_a_plain_folder(name, ran):
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     folder, result = ran
     assert result[name]["code"] == 0
     run = folder / "runs" / name
-    AutoModelForCausalLM.from_pretrained(run / "export")
+    auto = AutoModelForSequenceClassification if name.startswith("reward") else AutoModelForCausalLM
+    auto.from_pretrained(run / "export")
     for file in ("config.yaml", "command.txt", "versions.json", "audit.json", "metrics.jsonl", "summary.json"):
         assert (run / file).stat().st_size > 0, file
     assert list((run / "checkpoints").iterdir())
