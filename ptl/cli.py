@@ -16,7 +16,8 @@ TRAINING = {
 LIGHT = {
     "data": ("ptl.apps.data", "preview, audit or prepare training data"),
     "export": ("ptl.apps.export", "merge adapters and write a plain Hugging Face folder"),
-    "synth": ("ptl.apps.synth", "let a teacher score or answer a data set, or make a student of a teacher"),
+    "synth": ("ptl.apps.synth", "sample answers to rank; let a teacher score or answer a data set; make a student"),
+    "rank": ("ptl.apps.rank", "a page where people rank answers; measure reward models on rankings"),
     "chat": ("ptl.apps.chat", "talk to a model or to a run folder"),
 }
 

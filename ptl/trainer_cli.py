@@ -27,6 +27,7 @@ from ptl.callbacks.record import RunRecord
 from ptl.callbacks.redact import redact
 from ptl.callbacks.throughput import Throughput
 from ptl.config_errors import explain
+from ptl.data.audit import DUPLICATE
 from ptl.data.module import ChatDataModule
 from ptl.objectives.base import Objective
 from ptl.strategies.deepspeed import ZeROStrategy
@@ -135,12 +136,29 @@ class PTLCLI(LightningCLI):
         if rank_zero_only.rank == 0:
             for audit in self.datamodule.audits.values():
                 Console().print(audit.table())
+            if warning := leak_warning(self.datamodule):
+                Console().print(warning, style="yellow", highlight=False)
 
     def before_validate(self) -> None:
         self.datamodule.prepare()
 
     before_test = before_validate
     before_predict = before_validate
+
+
+def leak_warning(data: ChatDataModule) -> str | None:
+    """What to say where rows that are held out may be trained on under another line number; None where they are not."""
+    if not data.val_fraction:
+        return None
+    sources = data.audits["train"].sources
+    repeated = sum(source.duplicates - source.dropped_by(DUPLICATE) for source in sources)
+    if not repeated:
+        return None
+    return (
+        f"{repeated:,} of {sum(source.rows for source in sources):,} rows are equal to an earlier one, and "
+        "data.val_fraction splits by line: what is held out is partly trained on, and val/loss flatters. "
+        "Set data.preparation.deduplicate: true"
+    )
 
 
 def run_dir(run: Run, objective: str) -> Path:

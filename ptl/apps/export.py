@@ -1,11 +1,18 @@
-"""``ptl export``: merge an adapter into its base, change the dtype, and say what it cost."""
+"""``ptl export``: merge an adapter into its base, change the dtype or quantise, and say what it cost."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ptl.apps.runs import Found
 
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -13,14 +20,22 @@ TEXTS = (
     "Pourquoi le ciel est-il bleu ? Parce que l'air diffuse la lumière.",
 )
 """What both models read for the comparison."""
+AGREEMENT = "reward_agreement.json"
+BATCH_TOKENS = 8192
 
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns 0, or 2 after one line on stderr."""
     parser = argparse.ArgumentParser(prog="ptl export", description="Write a model as one plain Hugging Face folder.")
-    parser.add_argument("model", help="run folder, adapter folder or model folder")
+    parser.add_argument("model", help="run folder, adapter folder or model folder; a language or a reward model")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--dtype", choices=("bf16", "fp32", "fp16"), help="of the weights; the model's own by default")
+    parser.add_argument(
+        "--quantize", choices=("nf4", "int8"), help="keep the linear layers as codes of bitsandbytes; heads stay floats"
+    )
+    parser.add_argument(
+        "--rows", metavar="FILE", help="of a reward model: rankings on which to compare its order of answers"
+    )
     parser.add_argument(
         "--base",
         choices=("dequantized", "original"),
@@ -38,33 +53,153 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ptl.apps.runs import base_spec, load_model, quiet_libraries, resolve_model
-    from ptl.data.render import Renderer
-    from ptl.data.tokenizer import load_tokenizer
-    from ptl.models.adapters import is_adapted
-    from ptl.models.export import export, largest_logit_change
+    from ptl.apps.reward_models import is_reward_model
+    from ptl.apps.runs import quiet_libraries, resolve_model
 
     _check_target(Path(options.out), options.overwrite)
     quiet_libraries()
     found = resolve_model(options.model, adapter=True)
     if Path(found.name).resolve() == Path(options.out).resolve():
         raise ValueError(f"--out {options.out} is the model that is read: give another folder")
-    live = load_model(found)
-    if options.adapter_only and not is_adapted(live):
+    reward = is_reward_model(found)
+    if options.adapter_only and not found.adapter:
         raise ValueError(f"{options.model} has no adapter: leave out --adapter-only")
+    if options.adapter_only and options.quantize:
+        raise ValueError("--quantize makes codes of whole weights: leave out --adapter-only, or --quantize")
+    if options.rows and not reward:
+        raise ValueError(f"--rows compares the scores of a reward model, and {options.model} is none: leave it out")
+    rows = _rows(options.rows, found) if options.rows else None
+    live = _load(found, reward)
+    out = _write(options, found, reward, live)
+    written = _load(resolve_model(str(out)), reward)
+    size = sum(file.stat().st_size for file in Path(out).glob("*.safetensors"))
+    kind = options.quantize or str(next(written.parameters()).dtype).replace("torch.", "")
+    print(f"wrote {out}: {size / 1e6:,.1f} MB of weights, {kind}")
+    name = "score" if reward else "logit"
+    print(f"largest {name} change against the live model: {_change(found, live, written, reward):.3g}")
+    if rows is not None:
+        _report_agreement(rows, live, written, Path(out))
+    return 0
+
+
+def _load(found: Found, reward: bool, *, quantized: bool = True) -> nn.Module:
+    from ptl.apps.reward_models import load_reward_model
+    from ptl.apps.runs import load_model
+    from ptl.models.quantize import is_quantized, keep_codes_in_place
+
+    if reward:
+        return load_reward_model(found, quantized=quantized)
+    model = load_model(found, quantized=quantized)
+    if is_quantized(model):
+        keep_codes_in_place(model)
+    return model
+
+
+def _write(options: argparse.Namespace, found: Found, reward: bool, live: nn.Module) -> Path:
+    from ptl.apps.runs import base_spec
+    from ptl.data.render import Renderer
+    from ptl.data.reward_facts import FILE, read_reward_facts
+    from ptl.data.tokenizer import load_tokenizer
+    from ptl.models.export import export
+    from ptl.models.quantized_export import export_quantized
+
     tokenizer = load_tokenizer(found.name)
     ends = Renderer(tokenizer).terminators if tokenizer.chat_template else ()
-    chosen = live if options.base == "dequantized" else load_model(found, quantized=False)
+    chosen = live if options.base == "dequantized" else _load(found, reward, quantized=False)
+    facts = Path(found.name) / FILE
+    known = reward and read_reward_facts(found.name) is not None
+    how: dict[str, Any] = {
+        "dtype": options.dtype,
+        "generation_eos": ends,
+        "files": {FILE: facts.read_text(encoding="utf-8")} if known else {},
+    }
+    if options.quantize:
+        return export_quantized(chosen, tokenizer, options.out, options.quantize, **how)
     spec = base_spec(found) if options.adapter_only else None
-    merged = not options.adapter_only
-    out = export(chosen, tokenizer, options.out, dtype=options.dtype, merged=merged, generation_eos=ends, spec=spec)
-    written = load_model(resolve_model(str(out)))
+    return export(chosen, tokenizer, options.out, merged=not options.adapter_only, spec=spec, **how)
+
+
+def _change(found: Found, live: nn.Module, written: nn.Module, reward: bool) -> float:
+    from ptl.data.tokenizer import load_tokenizer
+    from ptl.models.export import largest_logit_change
+    from ptl.models.scoring import document_scores
+
+    tokenizer = load_tokenizer(found.name)
     documents = [list(tokenizer(text)["input_ids"]) for text in TEXTS]  # pyright: ignore[reportArgumentType]
-    change = largest_logit_change(live, written, documents)
-    size = sum(file.stat().st_size for file in Path(out).glob("*.safetensors"))
-    print(f"wrote {out}: {size / 1e6:,.1f} MB of weights, {next(written.parameters()).dtype}".replace("torch.", ""))
-    print(f"largest logit change against the live model: {change:.3g}")
-    return 0
+    if not reward:
+        return largest_logit_change(live, written, documents)
+    return float((document_scores(live, documents) - document_scores(written, documents)).abs().max())
+
+
+# ---- the order of answers ----
+
+
+def _rows(file: str, found: Found) -> tuple[Any, Any]:
+    """The rankings, and the renderer of the model, before anything is written."""
+    from ptl.apps.reward_models import reward_renderer
+    from ptl.data.scored_rankings import read_rankings
+
+    return read_rankings(file), reward_renderer(found.name)[0]
+
+
+def _report_agreement(rows: tuple[Any, Any], live: nn.Module, written: nn.Module, out: Path) -> None:
+    from ptl.data.durable import write_text
+
+    found = agreement(*rows, live, written)
+    write_text(out / AGREEMENT, json.dumps(found, indent=2) + "\n")
+    for entry in found["left_out"]:
+        print(f"{entry['rows']:,} rows left out: {entry['reason']} (first: {entry['examples'][0]})")
+    shown = {
+        key: "unknown" if found[key] is None else f"{found[key]:.4g}"
+        for key in ("kendall_tau_b", "pair_agreement", "accuracy_before", "accuracy_after", "mean_shift")
+    }
+    print(
+        f"order of answers on {found['prompts']:,} prompts: Kendall tau-b {shown['kendall_tau_b']}, same order in "
+        f"{shown['pair_agreement']} of {found['pairs']:,} pairs, accuracy {shown['accuracy_before']} before and "
+        f"{shown['accuracy_after']} after, mean shift {shown['mean_shift']}, {found['new_ties']:,} new ties"
+    )
+
+
+def agreement(rows: Any, renderer: Any, before: nn.Module, after: nn.Module) -> dict[str, Any]:
+    """How far two models of one tokenizer order the same answers alike.
+
+    Arguments:
+        rows: ``read_rankings`` of the file.
+        renderer: of both.
+        before: the original.
+        after: what was written.
+
+    Returns:
+        ``score_agreement`` over the rows, with ``prompts``, ``accuracy_before`` and ``accuracy_after`` against the
+        rows' own ranking, and the rows ``left_out`` by reason.
+
+    Raises:
+        ValueError: no row can be scored.
+    """
+    import numpy as np
+    import torch
+
+    from ptl.apps.reward_models import longest
+    from ptl.data.scored_rankings import all_pairs, measure, render_rankings, score_examples
+    from ptl.functional.score_agreement import score_agreement
+
+    rendered = render_rankings(rows.records, renderer, longest(before))
+    examples = [example for example in rendered.examples if example is not None]
+    reasons = {**rows.left_out, **rendered.left_out}
+    if not examples:
+        raise ValueError(f"no row can be scored: {'; '.join(reason.examples[0] for reason in reasons.values())}")
+    old, new = (score_examples(model, examples, batch_tokens=BATCH_TOKENS) for model in (before, after))
+    groups, pairs = all_pairs([len(own) for own in old])
+    flat = [torch.from_numpy(np.concatenate(scores)) for scores in (old, new)]
+    return {
+        "prompts": len(examples),
+        **score_agreement(flat[0], flat[1], torch.from_numpy(groups), torch.from_numpy(pairs)),
+        "accuracy_before": measure(old, examples)["accuracy"],
+        "accuracy_after": measure(new, examples)["accuracy"],
+        "left_out": [
+            {"reason": name, "rows": reason.count, "examples": reason.examples} for name, reason in reasons.items()
+        ],
+    }
 
 
 def _check_target(out: Path, overwrite: bool) -> None:

@@ -1,4 +1,4 @@
-"""``ptl synth teacher | student``: let a teacher score or answer a data set once, and make a student of it."""
+"""``ptl synth teacher | student | candidates``: let a model score or answer a data set, or make a student of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ptl.apps import synth_candidates
 
 if TYPE_CHECKING:
     from ptl.data.module import ChatDataModule
@@ -46,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     student.add_argument("--data", metavar="FILE", help="conversations to measure importance on, of layers and neurons")
     student.add_argument("--intermediate-size", type=int, help="neurons to keep in each MLP")
     student.add_argument("--out", required=True, help="folder to write")
+    synth_candidates.add_parser(commands)
     return top
 
 
@@ -59,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
+        if args.command == "candidates":
+            return synth_candidates.candidates(args, *_rank())
         return {"teacher": teacher, "student": student}[args.command](args)
     except (ValueError, OSError) as mistake:
         if os.environ.get("PTL_TRACEBACK"):

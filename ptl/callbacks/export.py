@@ -29,7 +29,8 @@ class Export(L.Callback):
     """Writes ``RUN/export``, which ``from_pretrained`` reads, and with an adapter ``RUN/export_adapter`` beside it.
 
     ``RUN/export`` is a plain model: LoRA is merged into its base and codes are dequantised. Each folder is whole or
-    absent; an earlier export is replaced. Rank 0 writes; under ZeRO-3 the shards are gathered in its host memory.
+    absent; an earlier export is replaced. What the objective says in ``export_files`` lies beside the weights in both.
+    Rank 0 writes; under ZeRO-3 the shards are gathered in its host memory.
 
     Arguments:
         which: the weights of the ``last`` step, or of the ``best`` checkpoint, which needs a checkpoint callback with
@@ -56,6 +57,7 @@ class Export(L.Callback):
         self.merged = merged
         self.adapter = adapter
         self.console = console
+        self._files: dict[int, dict[str, str]] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or self.which == "last":
@@ -67,18 +69,29 @@ class Export(L.Callback):
                 "Export.which best needs a Checkpoint with monitor among trainer.callbacks: add one, or last"
             )
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.which == "best" and not trainer.sanity_checking:
+            self._files[trainer.global_step] = _files_of(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the objective said of its weights at each validation, of which one may be the best."""
+        return {"files": dict(self._files)} if self._files else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._files = {int(step): dict(files) for step, files in state_dict.get("files", {}).items()}
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if getattr(trainer, "fast_dev_run", False):
             return
         policy: Any = pl_module.policy
         renderer: Renderer = trainer.datamodule.renderer  # pyright: ignore[reportAttributeAccessIssue]
-        state = self._state(trainer, policy)
+        state, files = self._state(trainer, policy, _files_of(pl_module))
         written: list[Path] = []
         problem: Exception | None = None
         if trainer.is_global_zero:
             try:
                 spec = getattr(pl_module, "spec", None)
-                written = self._write(run_folder(trainer), policy, renderer, state, spec)
+                written = self._write(run_folder(trainer), policy, renderer, state, spec, files)
             except (ValueError, OSError) as error:
                 problem = error
         # Rank 0's mistake is every rank's: none waits for one that has left.
@@ -90,10 +103,17 @@ class Export(L.Callback):
                 Console().print(f"exported to {shlex.quote(str(folder))}", soft_wrap=True, highlight=False)
 
     def _write(
-        self, run_dir: Path, policy: nn.Module, renderer: Renderer, state: Mapping[str, Tensor], spec: ModelSpec | None
+        self,
+        run_dir: Path,
+        policy: nn.Module,
+        renderer: Renderer,
+        state: Mapping[str, Tensor],
+        spec: ModelSpec | None,
+        files: Mapping[str, str],
     ) -> list[Path]:
         written = []
         options: dict[str, Any] = {"generation_eos": renderer.terminators, "state_dict": state, "spec": spec}
+        options["files"] = files
         if self.merged:
             written.append(export(policy, renderer.tokenizer, run_dir / FOLDER, dtype=self.dtype, **options))
         # The adapter of a base that exists nowhere else would be of no use.
@@ -103,16 +123,26 @@ class Export(L.Callback):
             written.append(export(policy, renderer.tokenizer, folder, dtype=None, merged=False, **options))
         return written
 
-    def _state(self, trainer: L.Trainer, policy: nn.Module) -> dict[str, Tensor]:
-        """The whole state dict on rank 0. All ranks call it."""
+    def _state(
+        self, trainer: L.Trainer, policy: nn.Module, files: dict[str, str]
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The whole state dict on rank 0, and the files that go with it; ``files`` are the last step's. All ranks call
+        it."""
         state = consolidated_state_dict(policy, trainable_only=not self.merged)
         keeper = _best_keeper(trainer) if self.which == "best" else None
         if keeper is not None and keeper.best_model_path and trainer.is_global_zero:
             saved = trainer.strategy.checkpoint_io.load_checkpoint(keeper.best_model_path, weights_only=True)
             best = {k.removeprefix("policy."): v for k, v in saved["state_dict"].items() if k.startswith("policy.")}
             state |= {name: tensor for name, tensor in best.items() if name in state}
-        return state
+            files = self._files.get(int(saved["global_step"]), files)
+        return state, files
 
 
 def _best_keeper(trainer: L.Trainer) -> ModelCheckpoint | None:
     return next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor), None)
+
+
+def _files_of(pl_module: L.LightningModule) -> dict[str, str]:
+    """Texts that the objective puts beside its weights; none for a module that is no objective."""
+    give: Any = getattr(pl_module, "export_files", dict)
+    return give()

@@ -21,6 +21,8 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
 TOO_LONG = ("too_long", "nothing_left")
 """Rows longer than max_length that were dropped, or of which the cut left nothing to train."""
+LEFT_OUT = ("not_ranked", "superseded")
+"""Rows of rankings that say themselves that nobody is to learn from them."""
 DUPLICATE = "duplicate"
 FULLY_MASKED = "fully_masked"
 
@@ -73,7 +75,7 @@ class SourceAudit:
         kept: rows with at least one document in the prepared data.
         refused: reason -> rows that could not be read or rendered.
         dropped: reason -> rows left out by choice: ``too_long``, ``nothing_left`` (of the cut), ``duplicate``,
-            ``fully_masked``.
+            ``fully_masked``, ``not_ranked`` and ``superseded`` (rankings that nobody is to learn from).
         beyond_limit: rows after ``Source.limit``, not among ``rows``; an estimate in huge text files, see
             ``beyond_limit_estimated``.
         documents: documents in the prepared data; a row may make several.
@@ -118,7 +120,7 @@ class SourceAudit:
     @property
     def rendered_rows(self) -> int:
         """Rows that became tokens, or were too long to."""
-        return self.rows - self.refused_rows
+        return self.rows - self.refused_rows - sum(self.dropped_by(reason) for reason in LEFT_OUT)
 
     def dropped_by(self, reason: str) -> int:
         return self.dropped[reason].count if reason in self.dropped else 0

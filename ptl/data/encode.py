@@ -18,7 +18,7 @@ from ptl.data.duplicates import DIGEST
 from ptl.data.readers import Block
 from ptl.data.records import parse_row
 from ptl.data.render import Renderer, RenderError, TooLong, Truncation
-from ptl.data.sources import BadRow, Source
+from ptl.data.sources import BadRow, LeftOut, Source
 from ptl.data.views import Example, View
 from ptl.types import Origin
 
@@ -90,8 +90,7 @@ class Encoder:
         Raises:
             ValueError: a row is longer than ``max_length`` and the truncation policy is ``error``.
         """
-        records, lines, refused = self._records(job)
-        dropped: dict[str, Reason] = {}
+        records, lines, refused, dropped = self._records(job)
         documents: list[Example] = []
         owner: list[int] = []
         digests: list[bytes] = []
@@ -131,9 +130,10 @@ class Encoder:
             dropped=dropped,
         )
 
-    def _records(self, job: Job) -> tuple[list[Any], list[int], dict[str, Reason]]:
+    def _records(self, job: Job) -> tuple[list[Any], list[int], dict[str, Reason], dict[str, Reason]]:
+        """The records of a block and their lines; the rows refused, and those left out by what they say."""
         source, row_format = self.sources[job.source], self.formats[job.source]
-        records, lines, refused = [], [], {}
+        records, lines, refused, dropped = [], [], {}, {}
         for line, row in job.block.rows():
             origin = Origin(job.block.file, line)
             try:
@@ -142,8 +142,8 @@ class Encoder:
                 records.append(parse_row(row, row_format, source, origin))
                 lines.append(line)
             except BadRow as bad:
-                note(refused, bad.reason, origin, bad.detail)
-        return records, lines, refused
+                note(dropped if isinstance(bad, LeftOut) else refused, bad.reason, origin, bad.detail)
+        return records, lines, refused, dropped
 
     def _refuse(self, error: RenderError, origin: Origin, refused: dict, dropped: dict) -> None:
         if error.reason == "nothing_trained":

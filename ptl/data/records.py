@@ -5,14 +5,15 @@ A row is a dict as a reader gives it. ``parse_row`` is pure: same row, same reco
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ptl.data.fields import required, said, system_turn, turns_of
 from ptl.data.messages import checked_text, kind, parse_content, parse_messages, parse_tools
+from ptl.data.rankings import parse_ranking
 from ptl.data.sources import BadRow, Source, renamed
-from ptl.types import Conversation, Message, Origin, Prompt, Ranking, Record
+from ptl.types import Conversation, Message, Origin, Prompt, Record
 
 TEST_KEYS = ("tests", "test_list", "test")
 ANSWER_KEYS = ("answer", "ground_truth")
@@ -45,12 +46,12 @@ def _sharegpt(row: Mapping[str, Any], source: Source, origin: Origin) -> Convers
 
 def _dialogue(row: Mapping[str, Any], key: str, source: Source, origin: Origin) -> Conversation:
     turns = parse_messages(required(row, key, source), key, source.roles)
-    messages = _system(row, turns) + turns
+    messages = system_turn(row, turns) + turns
     return Conversation(messages=_answered(messages, key), tools=parse_tools(row.get("tools")), origin=origin)
 
 
 def _alpaca(row: Mapping[str, Any], source: Source, origin: Origin) -> Conversation:
-    question = _said(row, "instruction", source)
+    question = said(row, "instruction", source)
     extra = row.get("input")
     if extra is not None and (text := parse_content(extra, "input")).strip():
         question = f"{question}\n{text}"
@@ -59,18 +60,18 @@ def _alpaca(row: Mapping[str, Any], source: Source, origin: Origin) -> Conversat
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRow("wrong_type", f"history[{i}] is {kind(pair)}; expected [question, answer]")
         turns += _pair(parse_content(pair[0], f"history[{i}][0]"), parse_content(pair[1], f"history[{i}][1]"))
-    turns += _pair(question, _said(row, "output", source))
-    return Conversation(messages=_system(row, turns) + tuple(turns), origin=origin)
+    turns += _pair(question, said(row, "output", source))
+    return Conversation(messages=system_turn(row, turns) + tuple(turns), origin=origin)
 
 
 def _prompt_completion(row: Mapping[str, Any], source: Source, origin: Origin) -> Conversation:
     """Only the completion is trained: assistant turns of the prompt are its context, unless they say ``train``."""
     prompt = tuple(
         message if message.train is not None or message.role != "assistant" else replace(message, train=0.0)
-        for message in _turns(row, "prompt", "user", source)
+        for message in turns_of(row, "prompt", "user", source)
     )
-    completion = _turns(row, "completion", "assistant", source)
-    messages = _system(row, prompt) + prompt + _answered(completion, "completion")
+    completion = turns_of(row, "completion", "assistant", source)
+    messages = system_turn(row, prompt) + prompt + _answered(completion, "completion")
     return Conversation(messages=messages, tools=parse_tools(row.get("tools")), origin=origin)
 
 
@@ -83,64 +84,11 @@ def _text(row: Mapping[str, Any], source: Source, origin: Origin) -> Conversatio
     return Conversation(text=checked_text(value, "text"), origin=origin)
 
 
-def _ranking(row: Mapping[str, Any], source: Source, origin: Origin) -> Ranking:
-    if row.get("completions") is not None:
-        answers = required(row, "completions", source)
-        if not isinstance(answers, list | tuple):
-            raise BadRow("wrong_type", f"completions is {kind(answers)}; expected a list of answers")
-        completions = [_as_turns(answer, f"completions[{i}]", "assistant", source) for i, answer in enumerate(answers)]
-        ranks = _ranks(row, len(completions))
-    else:
-        completions = [_turns(row, key, "assistant", source) for key in ("chosen", "rejected")]
-        ranks = (1.0, 2.0)
-    if row.get("prompt") is not None:
-        prompt = _turns(row, "prompt", "user", source)
-    else:
-        prompt, completions = _shared_prefix(completions)
-    for i, completion in enumerate(completions):
-        if not completion or completion[-1].role != "assistant":
-            raise BadRow("bad_ranking", f"answer {i} does not end with an assistant turn")
-    return Ranking(
-        prompt=_system(row, prompt) + prompt,
-        completions=tuple(completions),
-        ranks=ranks,
-        tools=parse_tools(row.get("tools")),
-        origin=origin,
-    )
-
-
-def _ranks(row: Mapping[str, Any], count: int) -> tuple[float, ...]:
-    """Ranks as given (lower is better), or from scores: 1 + how many answers score higher."""
-    key = "ranks" if row.get("ranks") is not None else "scores"
-    values = row.get(key)
-    if not isinstance(values, list | tuple) or len(values) != count or count < 2:
-        raise BadRow("bad_ranking", f"{key} is {kind(values)}; expected one number for each of >= 2 answers ({count})")
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-        raise BadRow("bad_ranking", f"{key} holds a value that is not a finite number")
-    if key == "ranks":
-        return tuple(float(value) for value in values)
-    return tuple(1.0 + sum(other > value for other in values) for value in values)
-
-
-def _shared_prefix(
-    completions: list[tuple[Message, ...]],
-) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:
-    """Splits whole dialogues into the turns they share and the answers in which they differ."""
-    shortest = min(len(turns) for turns in completions)
-    shared = 0
-    while shared < shortest and all(turns[shared] == completions[0][shared] for turns in completions):
-        shared += 1
-    prompt = completions[0][:shared]
-    if not prompt:
-        raise BadRow("missing_key", "the row has no prompt, and its answers share no first turn")
-    return prompt, [turns[shared:] for turns in completions]
-
-
 def _prompt(row: Mapping[str, Any], source: Source, origin: Origin) -> Prompt:
     key = next((key for key in QUESTION_KEYS if row.get(key) is not None), None)
     if key is None:
         raise BadRow("missing_key", f"the row has none of {list(QUESTION_KEYS)}; its keys are {sorted(map(str, row))}")
-    turns = _turns(row, key, "user", source)
+    turns = turns_of(row, key, "user", source)
     if turns[-1].role == "assistant":
         raise BadRow("no_question", f"{key} ends with an assistant turn; expected the turns up to the question")
     answer_key = next((name for name in ANSWER_KEYS if row.get(name) is not None), None)
@@ -153,7 +101,7 @@ def _prompt(row: Mapping[str, Any], source: Source, origin: Origin) -> Prompt:
             meta["solution"] = answer
             answer = answer.rsplit("####", 1)[1].strip()
     return Prompt(
-        messages=_system(row, turns) + turns,
+        messages=system_turn(row, turns) + turns,
         answer=answer,
         tests=() if test_key is None else _tests(row[test_key], test_key),
         meta=meta,
@@ -175,49 +123,8 @@ def _tests(value: Any, at: str) -> tuple[str, ...]:
     return tuple(checked_text(test, at) for test in values)
 
 
-def required(row: Mapping[str, Any], key: str, source: Source) -> Any:
-    """The value of a field that the format needs."""
-    if key not in row:
-        column = source.columns.get(key)
-        name = f"{key} (column {column!r})" if column else key
-        raise BadRow("missing_key", f"the row has no {name}; its keys are {sorted(map(str, row))[:20]}")
-    return row[key]
-
-
-def _said(row: Mapping[str, Any], key: str, source: Source) -> str:
-    text = parse_content(required(row, key, source), key)
-    if not text.strip():
-        raise BadRow("empty_content", f"{key} is blank")
-    return text
-
-
-def _turns(row: Mapping[str, Any], key: str, role: str, source: Source) -> tuple[Message, ...]:
-    return _as_turns(required(row, key, source), key, role, source)
-
-
-def _as_turns(value: Any, at: str, role: str, source: Source) -> tuple[Message, ...]:
-    """Text becomes one turn of ``role``; a message or a list of them is read as it is."""
-    if isinstance(value, Mapping):
-        value = [value]
-    if value is None:
-        raise BadRow("null_content", f"{at} is null; expected text or messages")
-    if isinstance(value, str):
-        if not value.strip():
-            raise BadRow("empty_content", f"{at} is blank")
-        return (Message(role=role, content=checked_text(value, at)),)
-    return parse_messages(value, at, source.roles)
-
-
 def _pair(question: str, answer: str) -> list[Message]:
     return [Message(role="user", content=question), Message(role="assistant", content=answer)]
-
-
-def _system(row: Mapping[str, Any], turns: tuple[Message, ...] | list[Message]) -> tuple[Message, ...]:
-    """The row's ``system`` column as a first turn, where it has one and the turns do not start with their own."""
-    value = row.get("system")
-    if not isinstance(value, str) or not value.strip() or (turns and turns[0].role in ("system", "developer")):
-        return ()
-    return (Message(role="system", content=checked_text(value, "system")),)
 
 
 def _answered(messages: tuple[Message, ...], at: str) -> tuple[Message, ...]:
@@ -232,6 +139,6 @@ PARSERS: Mapping[str, Callable[[Mapping[str, Any], Source, Origin], Record]] = {
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
     "text": _text,
-    "ranking": _ranking,
+    "ranking": parse_ranking,
     "prompt": _prompt,
 }

@@ -27,7 +27,11 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output", "history", "system"),
     "prompt_completion": ("prompt", "completion", "tools", "system"),
     "text": ("text",),
-    "ranking": ("prompt", "chosen", "rejected", "completions", "ranks", "scores", "tools", "system"),
+    "ranking": (
+        *("prompt", "instruction", "completions", "responses", "ranks", "scores"),
+        *("chosen", "rejected", "margin", "score_chosen", "score_rejected"),
+        *("annotator", "status", "tools", "system"),
+    ),
     "prompt": ("prompt", "answer", "tests", "tools", "system"),
 }
 """The fields each format reads; what ``Source.columns`` may rename."""
@@ -49,10 +53,14 @@ REASONS: Mapping[str, str] = {
     "bad_tool_call": "a tool call has no name, or arguments that are not a JSON object",
     "bad_tools": "the tools are not a list of JSON schemas",
     "bad_weight": "train or weight is not a boolean or a finite number >= 0",
-    "bad_ranking": "a ranking has fewer than two answers, or not one finite rank for each",
+    "bad_ranking": "fewer than two answers are ranked, or ranks and scores are not finite or contradict each other",
+    "bad_transcript": "a transcript does not alternate between Human and Assistant, from Human on",
+    "revised": "a ranking was revised, and the file is not settled (`ptl rank settle`)",
+    "not_ranked": "a person skipped or flagged the row instead of ranking it; it is left out",
+    "superseded": "the same person ranked the answers anew later; the row is left out",
     "no_question": "a prompt ends with an assistant turn, or has no turn",
 }
-"""Stable names of why a row is refused. The renderer adds its own (``RenderError.reason``)."""
+"""Stable names of why a row is refused or left out. The renderer adds its own (``RenderError.reason``)."""
 
 
 class BadRow(ValueError):  # noqa: N818  (it is a verdict on a row, not a failure of the program)
@@ -70,6 +78,10 @@ class BadRow(ValueError):  # noqa: N818  (it is a verdict on a row, not a failur
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
+
+
+class LeftOut(BadRow):
+    """A row that says itself that nobody is to learn from it: counted as dropped, not as refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +149,7 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, 
 def format_of(row: Mapping[str, Any]) -> str | None:
     """The format one row looks like, or None. The most specific keys win."""
     keys = {key for key, value in row.items() if value is not None}
-    if {"chosen", "rejected"} <= keys or ("completions" in keys and keys & {"ranks", "scores"}):
+    if {"chosen", "rejected"} <= keys or _lists_answers(row, keys):
         return "ranking"
     if "conversations" in keys or "conversation" in keys:
         return "sharegpt"
@@ -154,6 +166,15 @@ def format_of(row: Mapping[str, Any]) -> str | None:
     if "text" in keys:
         return "text"
     return "prompt" if "prompt" in keys else None
+
+
+def _lists_answers(row: Mapping[str, Any], keys: set[str]) -> bool:
+    """Whether the row has a list of answers with ranks or scores, or of answers that are objects and no messages."""
+    lists = keys & {"completions", "responses"}
+    wanted = {"messages", "response", "answer"}
+    return bool(lists) and bool(
+        keys & {"ranks", "scores"} or any(_first_message_keys(row[name]) & wanted for name in lists)
+    )
 
 
 def _first_message_keys(messages: object) -> set[str]:

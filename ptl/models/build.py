@@ -28,6 +28,7 @@ from ptl.models.adapters import add_lora, gathered
 from ptl.models.export import DTYPES
 from ptl.models.gguf import is_gguf, plain_folder
 from ptl.models.quantize import is_quantized, keep_codes_in_place, quantization_config
+from ptl.models.scoring import saved_head
 from ptl.models.spec import ModelSpec
 from ptl.models.students import make_student
 
@@ -182,12 +183,16 @@ def _pretrained(spec: ModelSpec, source: str, config: PreTrainedConfig) -> PreTr
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("score."))
     if missing:
         raise ValueError(f"the checkpoint {spec.name} lacks {len(missing)} weights of its model, first {missing[0]}")
-    if spec.quantize is not None:
-        if not is_quantized(model):
-            raise ValueError(f"quantize {spec.quantize}: {type(model).__name__} has no linear layer to quantise")
+    if spec.quantize is not None and not is_quantized(model):
+        raise ValueError(f"quantize {spec.quantize}: {type(model).__name__} has no linear layer to quantise")
+    if is_quantized(model):  # also a folder whose weights are kept as codes
         keep_codes_in_place(model)
     if spec.head == "scalar":
         _scalar_head(model)
+        saved = saved_head(source)
+        if saved is not None:  # the library reads a file into one dtype and has rounded an fp32 head to 16 bits
+            with torch.no_grad():
+                model.score.weight.copy_(saved)
     return model
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptl.models.adapters import base_model, is_adapted, merged_state, save_adapter
+from ptl.models.padding import safe_pad_id, with_pad
 from ptl.models.quantize import dequantize_state
 from ptl.models.zero3 import zero3_hidden
 
@@ -26,7 +27,7 @@ BASE_FILE = "ptl_base.json"
 """Beside an adapter: how its base was loaded, which ``ptl export`` needs to merge onto the base it was trained on."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-_SHARD = "5GB"
+SHARD = "5GB"
 _MARKS = ("config.json", "adapter_config.json")
 
 
@@ -41,12 +42,16 @@ def export(
     state_dict: Mapping[str, Tensor] | None = None,
     base_state: Mapping[str, Tensor] | None = None,
     spec: ModelSpec | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes weights, configuration, tokenizer, chat template and generation configuration.
+    """Writes weights, configuration, tokenizer, chat template and, of a language model, generation configuration.
 
     The folder is whole or absent: it is written beside its place, made durable, and renamed. An earlier export there
-    is replaced. ``model`` is not changed, so a run may export while it trains. In a job of several ranks one rank
-    calls this.
+    is replaced. ``model`` and ``tokenizer`` are not changed, so a run may export while it trains. In a job of several
+    ranks one rank calls this.
+
+    A model with a scalar head becomes a plain ``AutoModelForSequenceClassification``. Its configuration and its
+    tokenizer name a padding token that no conversation ends with (``ptl.models.padding``).
 
     Arguments:
         model: plain, adapted or quantised.
@@ -59,6 +64,7 @@ def export(
             enough for an adapter alone. ``model.state_dict()`` by default.
         base_state: base weights to merge onto in place of those trained on.
         spec: what the model was built from; needed for an adapter alone.
+        files: further texts of the folder, by file name.
 
     Returns:
         ``folder``.
@@ -68,6 +74,9 @@ def export(
     """
     target = Path(folder)
     state = dict(model.state_dict() if state_dict is None else state_dict)
+    scalar = has_scalar_head(model)
+    if scalar:
+        tokenizer = with_pad(tokenizer, safe_pad_id(tokenizer, generation_eos))  # pyright: ignore[reportArgumentType]
     with whole_folder(target) as temporary:
         if merged:
             state = dequantize_state(state)
@@ -76,9 +85,17 @@ def export(
             _write_model(base_model(model), state, temporary, dtype, tokenizer)
         else:
             _write_adapter(model, state, temporary, spec)
-        _generation_config(base_model(model), tokenizer, generation_eos).save_pretrained(temporary)
+        if not scalar:
+            _generation_config(base_model(model), tokenizer, generation_eos).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        for name, text in (files or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
     return target
+
+
+def has_scalar_head(model: nn.Module) -> bool:
+    """Whether the model gives a number a sequence instead of the next token."""
+    return hasattr(base_model(model), "score")
 
 
 @contextmanager
@@ -133,7 +150,7 @@ def _write_model(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Weights and ``config.json`` through a weightless twin of the model, which carries no quantiser and no shards."""
-    kind = DTYPES[dtype] if dtype is not None else _float_dtype(model)
+    kind = DTYPES[dtype] if dtype is not None else float_dtype(model)
     twin = _twin(model, kind, tokenizer)
     rows = twin.config.get_text_config().vocab_size
     if len(tokenizer) > rows:
@@ -153,7 +170,7 @@ def _write_model(
         )
     known = set(first.values()) | {name for name, _ in twin.named_buffers()}
     kept = {name: _cast(name, tensor, kind) for name, tensor in state.items() if name in known}
-    twin.save_pretrained(folder, state_dict=kept, max_shard_size=_SHARD)
+    twin.save_pretrained(folder, state_dict=kept, max_shard_size=SHARD)
 
 
 def _twin(model: PreTrainedModel, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -162,14 +179,16 @@ def _twin(model: PreTrainedModel, dtype: torch.dtype, tokenizer: PreTrainedToken
         values.pop(key, None)
     config = type(model.config).from_dict(values)
     config.use_cache = True  # switched off for training alone
-    if config.pad_token_id is None:
+    if has_scalar_head(model):
+        config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    elif config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     with zero3_hidden(model), torch.device("meta"):
         twin: Any = type(model)(config)
     return twin.to(dtype)
 
 
-def _float_dtype(model: nn.Module) -> torch.dtype:
+def float_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of most weights that are floats."""
     sizes: dict[torch.dtype, int] = {}
     for parameter in model.parameters():

@@ -13,9 +13,8 @@ from ptl.data.groups import RankingView
 from ptl.data.reward_facts import FILE, reward_facts
 from ptl.functional.preference import by_prompt, pair_loss, plackett_luce
 from ptl.functional.ranking_measures import measures_of
-from ptl.models.heads import causal_lm as whole_model
-from ptl.models.heads import chosen, hidden_states
 from ptl.models.optimizer import Optimizer, Schedule
+from ptl.models.scoring import group_scores
 from ptl.models.spec import ModelSpec
 from ptl.objectives.base import Objective
 from ptl.objectives.metrics import RankingMeasures
@@ -88,8 +87,7 @@ class RewardModeling(Objective):
 
     def scores(self, batch: GroupBatch) -> Tensor:
         """The score of each answer, float32 [D]."""
-        hidden = hidden_states(self.policy, batch.tokens, parents=batch.parents)
-        return whole_model(self.policy).score(chosen(hidden, batch.last))[:, 0].float()
+        return group_scores(self.policy, batch)
 
     def loss(self, batch: GroupBatch) -> LossOutput:
         rewards = self.scores(batch)

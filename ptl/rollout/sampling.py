@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,19 @@ from torch import Tensor, nn
 from ptl.models.heads import causal_lm
 
 
-@torch.no_grad()  # not inference_mode: what a model caches inside must serve training too
+class Sampled(NamedTuple):
+    """An answer as it was drawn.
+
+    Attributes:
+        ids: with the one that ended it, where one came within the limit.
+        logprobs: of each id, by ``log_softmax(z)`` over the ids that may be written: at temperature 1 and before top-p,
+            whatever it was drawn with, so that a plain forward pass gives the same numbers.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+
+
 def generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -40,19 +52,72 @@ def generate(
         temperature: 0 takes the likeliest id.
         seed: of the draws.
     """
+    how = {"stop": stop, "limits": limits, "vocab": vocab, "temperature": temperature, "seed": seed}
+    return _write(model, prompts, numbers, **how, top_p=1.0, samples=1, scored=False)[0]
+
+
+def sample(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    *,
+    samples: int,
+    stop: Sequence[int],
+    limits: Sequence[int],
+    vocab: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> list[list[Sampled]]:
+    """Several answers to each prompt, with their log-probabilities; a prompt is read once, whatever their number.
+
+    What is drawn depends on the seed, the prompt's number and the answer's place among the prompt's own; the first is
+    what ``generate`` draws.
+
+    Args:
+        model, prompts, numbers, stop, limits, vocab, seed: as in ``generate``.
+        samples: answers to each prompt, K.
+        temperature: of ``softmax(z / T)``, which is drawn from; 0 takes the likeliest id.
+        top_p: in (0, 1]: draws come from the likeliest ids alone, as few as together have this probability.
+
+    Returns:
+        K answers for each prompt.
+    """
+    how = {"stop": stop, "limits": limits, "vocab": vocab, "temperature": temperature, "top_p": top_p, "seed": seed}
+    written, logprobs = _write(model, prompts, numbers, **how, samples=samples, scored=True)
+    answers = [Sampled(*pair) for pair in zip(written, logprobs)]
+    return [answers[begin : begin + samples] for begin in range(0, len(answers), samples)]
+
+
+@torch.no_grad()  # not inference_mode: what a model caches inside must serve training too
+def _write(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    *,
+    stop: Sequence[int],
+    limits: Sequence[int],
+    vocab: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    samples: int,
+    scored: bool,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Ids and, where they are ``scored``, log-probabilities of ``samples`` answers to each prompt, in this order."""
     if not prompts:
-        return []
+        return [], []
     lm: Any = causal_lm(model)
     device = lm.get_input_embeddings().weight.device
-    longest = max(len(prompt) for prompt in prompts)
-    pad = stop[0] if stop else 0
-    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    ids, mask = _padded(prompts, stop[0] if stop else 0, device)
     u = None
     if temperature:
-        u = torch.stack([uniforms(seed, number, max(limits), 1)[:, 0] for number in numbers]).to(device)
-    written: list[list[int]] = [[] for _ in prompts]
-    alive, cache = list(range(len(prompts))), None
+        named = [(number, place) for number in numbers for place in range(samples)]
+        u = torch.stack([uniforms(seed, number, max(limits), 1, place)[:, 0] for number, place in named]).to(device)
+    count = len(prompts) * samples
+    written: list[list[int]] = [[] for _ in range(count)]
+    logprobs: list[list[float]] = [[] for _ in range(count)]
+    alive, cache = list(range(count)), None
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     positioned = "position_ids" in inspect.signature(lm.forward).parameters
     for step in range(max(limits)):
@@ -65,26 +130,56 @@ def generate(
             **({"position_ids": positions} if positioned else {}),
         )
         cache = out.past_key_values
-        chosen = _choose(out.logits[:, -1, :vocab].float(), temperature, None if u is None else u[alive, step])
+        logits = out.logits[:, -1, :vocab].float()
+        if step == 0 and samples > 1:
+            logits = logits.repeat_interleave(samples, 0)
+        chosen = _choose(logits, temperature, top_p, None if u is None else u[alive, step])
         for row, token in zip(alive, chosen.tolist()):
             written[row].append(token)
-        left = [i for i, row in enumerate(alive) if written[row][-1] not in stop and step + 1 < limits[row]]
+        if scored:
+            for row, value in zip(alive, torch.log_softmax(logits, -1).gather(-1, chosen[:, None])[:, 0].tolist()):
+                logprobs[row].append(value)
+        left = [i for i, row in enumerate(alive) if written[row][-1] not in stop and step + 1 < limits[row // samples]]
         if not left:
             break
-        if len(left) < len(alive):
-            index = torch.tensor(left, device=device)
+        # A prompt's row of the cache serves all its answers: after the first step it is taken once for each of them.
+        rows = [i // samples for i in left] if step == 0 else left
+        if rows != list(range(len(mask))):
+            index = torch.tensor(rows, device=device)
             cache.batch_select_indices(index)
-            mask, positions, chosen = mask[index], positions[index], chosen[index]
-            alive = [alive[i] for i in left]
+            mask, positions = mask[index], positions[index]
+        if len(left) < len(alive):
+            chosen, alive = chosen[torch.tensor(left, device=device)], [alive[i] for i in left]
         ids, positions = chosen[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-    return written
+    return written, logprobs
 
 
-def _choose(logits: Tensor, temperature: float, u: Tensor | None) -> Tensor:
+def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask, int64 [B, T], of prompts that are padded on the left."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
+
+
+def _choose(logits: Tensor, temperature: float, top_p: float, u: Tensor | None) -> Tensor:
     if u is None:
         return logits.argmax(-1)
-    return draw(torch.log_softmax(logits / temperature, -1), u[:, None])[:, 0]
+    logp = torch.log_softmax(logits / temperature, -1)
+    return draw(logp if top_p == 1 else nucleus(logp, top_p), u[:, None])[:, 0]
+
+
+def nucleus(logp: Tensor, top_p: float) -> Tensor:
+    """Log-probabilities [N, V] with -inf for all but the likeliest ids, as few as together reach ``top_p``.
+
+    The id that crosses the bound is kept; of equals the lower id comes first. What is kept does not sum to 1:
+    ``draw`` needs no more than proportions.
+    """
+    ranked, order = logp.double().exp().sort(dim=-1, descending=True, stable=True)
+    before = ranked.cumsum(-1).roll(1, -1)
+    before[..., 0] = 0
+    return logp.masked_fill(torch.zeros_like(logp, dtype=torch.bool).scatter(-1, order, before >= top_p), -torch.inf)
 
 
 def greedy(
@@ -96,9 +191,12 @@ def greedy(
     return generate(model, prompts, range(len(prompts)), stop=stop, limits=limits, vocab=rows, temperature=0.0, seed=0)
 
 
-def uniforms(seed: int, row: int, tokens: int, draws: int) -> Tensor:
-    """float64 [tokens, draws] in [0, 1) that depend on the seed and the row alone: not on batch, rank or device."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, row]))
+def uniforms(seed: int, row: int, tokens: int, draws: int, stream: int = 0) -> Tensor:
+    """float64 [tokens, draws] in [0, 1) that depend on seed, row and stream alone: not on batch, rank or device.
+
+    Streams of a row are 2**128 numbers apart, so they never overlap.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed, row], counter=[0, 0, stream, 0]))
     return torch.from_numpy(generator.random((tokens, draws)))
 
 

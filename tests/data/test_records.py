@@ -151,31 +151,6 @@ def test_plain_text():
     assert record.text == " a\nb " and record.messages == ()
 
 
-def test_ranking_of_a_pair_with_and_without_a_prompt():
-    record = read({"prompt": "q", "chosen": "good", "rejected": "bad"}, "ranking")
-    assert said(record.prompt) == [("user", "q")] and record.ranks == (1.0, 2.0)
-    assert [said(completion) for completion in record.completions] == [[("assistant", "good")], [("assistant", "bad")]]
-    bad = {"role": "assistant", "content": "bad"}
-    record = read({"chosen": [USER, ANSWER, USER, ANSWER], "rejected": [USER, ANSWER, USER, bad]}, "ranking")
-    assert len(record.prompt) == 3 and [said(c) for c in record.completions] == [
-        [("assistant", "a")],
-        [("assistant", "bad")],
-    ]
-
-
-@pytest.mark.parametrize(
-    ("given", "ranks"),
-    [
-        ({"ranks": [2, 1, 2]}, (2.0, 1.0, 2.0)),
-        ({"scores": [0.5, 9, 0.5]}, (2.0, 1.0, 2.0)),
-        ({"scores": [3, 2, 1]}, (1.0, 2.0, 3.0)),
-    ],
-)
-def test_ranking_of_many(given, ranks):
-    record = read({"prompt": "q", "completions": ["a", "b", [ANSWER]], **given}, "ranking")
-    assert record.ranks == ranks and len(record.completions) == 3
-
-
 def test_prompts():
     record = read({"question": "q", "answer": "so 5 #### 1,072", "level": 3}, "prompt")
     assert record.answer == "1,072" and record.meta == {"level": 3, "solution": "so 5 #### 1,072"}
@@ -188,7 +163,6 @@ REFUSED = [
     ("missing_key", "messages", {"dialog": [USER]}),
     ("missing_key", "messages", {"messages": [{"content": "x"}]}),
     ("missing_key", "messages", {"messages": [{"role": "user"}, ANSWER]}),
-    ("missing_key", "ranking", {"chosen": "a", "rejected": "b"}),
     ("missing_key", "prompt", {"answer": "a"}),
     ("wrong_type", "messages", {"messages": 3}),
     ("wrong_type", "messages", {"messages": "not json"}),
@@ -223,10 +197,6 @@ REFUSED = [
     ("wrong_encoding", "messages", {"messages": [USER, {"role": "assistant", "content": "a\ud800"}]}),
     ("wrong_encoding", "messages", {"messages": [{**ANSWER, "tool_calls": [CALL | {"arguments": '{"": "\\ud800"}'}]}]}),
     ("wrong_encoding", "messages", {"messages": [USER, ANSWER], "tools": [{"name": "f", "description": "\ud800"}]}),
-    ("bad_ranking", "ranking", {"prompt": "q", "completions": ["a", "b"], "ranks": [1]}),
-    ("bad_ranking", "ranking", {"prompt": "q", "completions": ["a"], "ranks": [1]}),
-    ("bad_ranking", "ranking", {"prompt": "q", "completions": ["a", "b"], "scores": [1, float("inf")]}),
-    ("bad_ranking", "ranking", {"prompt": "q", "chosen": [USER], "rejected": "b"}),
     ("no_question", "prompt", {"messages": [USER, ANSWER], "answer": "a"}),
 ]  # fmt: skip
 
@@ -240,7 +210,14 @@ def test_law_8_a_bad_row_is_refused_under_a_stable_reason(reason, row_format, ro
 
 def test_every_reason_of_a_row_is_in_the_table():
     by_readers = {"broken_json", "not_an_object", "wrong_columns", "broken_csv"}
-    assert {reason for reason, _, _ in REFUSED} | by_readers == set(REASONS)
+    by_rankings = {
+        "bad_ranking",
+        "bad_transcript",
+        "not_ranked",
+        "revised",
+        "superseded",
+    }  # tests/data/test_rankings.py
+    assert {reason for reason, _, _ in REFUSED} | by_readers | by_rankings == set(REASONS)
 
 
 @pytest.mark.parametrize(("reason", "row_format", "row"), [case for case in REFUSED if case[0] != "unknown_role"])

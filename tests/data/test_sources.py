@@ -15,7 +15,16 @@ ROWS = {
     "alpaca": [{"instruction": "q", "input": "", "output": "a", "text": "all of it"}],
     "prompt_completion": [{"prompt": "q", "completion": "a"}, {"prompt": TURNS[:1], "completion": TURNS[1:]}],
     "text": [{"text": "words", "url": "x"}],
-    "ranking": [{"chosen": "a", "rejected": "b", "prompt": "q"}, {"prompt": "q", "completions": ["a"], "scores": [1]}],
+    "ranking": [
+        {"chosen": "a", "rejected": "b", "prompt": "q"},
+        {"prompt": "q", "completions": ["a"], "scores": [1]},
+        {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2], "answer": "x"},
+        {"prompt": TURNS[:1], "completions": [{"messages": TURNS[1:], "rank": None, "meta": {}}], "annotator": None},
+        {"prompt": "q", "completions": [{"response": "a", "overall_score": 5.0}]},
+        {"instruction": "q", "completions": [{"response": "a", "overall_score": 5.0}], "source": "x"},
+        {"chosen": TURNS, "rejected": TURNS, "messages": TURNS, "prompt": "q", "score_chosen": 1, "score_rejected": 0},
+        {"prompt": "q", "chosen": ["a"], "rejected": ["b", "c"], "subset": "Math", "num_correct": 1},
+    ],
     "prompt": [{"question": "q", "answer": "1"}, {"prompt": "q", "test_list": ["assert f"]}, {"prompt": "q"}],
 }
 
@@ -25,6 +34,10 @@ def test_the_format_is_told_from_the_rows(name):
     assert detect_format(Source(path="x"), ROWS[name]) == name
     for row in ROWS[name]:
         assert detect_format(Source(path="x"), [row]) == name
+
+
+def test_answers_without_any_order_are_no_ranking():
+    assert detect_format(Source(path="x"), [{"prompt": "q", "completions": ["a", "b"]}]) == "prompt"
 
 
 def test_every_format_has_fields_and_a_record():

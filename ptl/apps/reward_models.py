@@ -1,0 +1,131 @@
+"""Reward models by name: whether a name is one, and what its scores need beside its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ptl.apps.runs import Found
+    from ptl.data.render import Renderer
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A reward model that is ready to score.
+
+    Attributes:
+        name: as the user wrote it.
+        model: in eval mode, with a scalar head in fp32.
+        renderer: prints conversations as in its training.
+        facts: what ``ptl_reward.json`` says; None where there is none.
+        max_length: most tokens that it holds.
+    """
+
+    name: str
+    model: nn.Module
+    renderer: Renderer
+    facts: dict[str, Any] | None
+    max_length: int
+
+
+def is_reward_model(found: Found) -> bool:
+    """Whether a model gives one number a sequence, by its configuration; nothing is loaded.
+
+    Raises:
+        ValueError: the configuration cannot be read.
+    """
+    if found.adapter:
+        config = json.loads((Path(found.name) / "adapter_config.json").read_text(encoding="utf-8"))
+        return config.get("task_type") == "SEQ_CLS"
+    from transformers import PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(found.name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the model {found.name!r}: {' '.join(str(error).split())[:300]}") from error
+    return any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+
+
+def load_reward_model(found: Found, *, quantized: bool = True, device: str = "cpu") -> nn.Module:
+    """A reward model in eval mode.
+
+    Arguments:
+        found: what to load; ``is_reward_model`` holds.
+        quantized: keep an adapter's base in the codes it was trained on.
+        device: ``cpu``, ``cuda``, or ``auto`` for CUDA where there is one; codes stay where they were made.
+
+    Raises:
+        ValueError: it cannot be loaded, with the reason.
+    """
+    import torch
+
+    from ptl.apps.runs import base_spec
+    from ptl.models.adapters import load_adapter
+    from ptl.models.build import load_base
+    from ptl.models.quantize import is_quantized, keep_codes_in_place
+    from ptl.models.scoring import saved_head
+
+    spec = replace(base_spec(found, quantized=quantized), head="scalar", attention="packed")
+    model: Any = load_base(spec)
+    if found.adapter:
+        model = load_adapter(model, Path(found.name))
+    elif (head := saved_head(found.name)) is not None:
+        with torch.no_grad():  # a checkpoint in 16 bits is read in 16 bits, its fp32 head too
+            model.score.weight.copy_(head)
+    coded = is_quantized(model)
+    if coded:
+        keep_codes_in_place(model)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return (model if coded else model.to(device)).eval()
+
+
+def open_reward_model(name: str, *, device: str = "auto") -> RewardModel:
+    """A reward model by run folder, export, adapter folder or hub name, with its renderer.
+
+    Raises:
+        ValueError: no such model, no reward model, no chat template, or a tokenizer or template other than the one that
+            it was trained with.
+    """
+    from ptl.apps.runs import resolve_model
+
+    found = resolve_model(name)
+    if not is_reward_model(found):
+        raise ValueError(
+            f"{name} is no reward model: its configuration names no ...ForSequenceClassification; a run of "
+            "ptl.objectives.reward.RewardModeling makes one"
+        )
+    renderer, facts = reward_renderer(found.name)
+    model = load_reward_model(found, device=device)
+    return RewardModel(name, model, renderer, facts, longest(model))
+
+
+def reward_renderer(folder: str) -> tuple[Renderer, dict[str, Any] | None]:
+    """The renderer of a reward model, which prints as in its training, and its facts.
+
+    Raises:
+        ValueError: as ``open_reward_model``.
+    """
+    from ptl.data.render import Renderer
+    from ptl.data.reward_facts import read_reward_facts, render_policy
+    from ptl.data.tokenizer import load_tokenizer
+
+    facts = read_reward_facts(folder)
+    renderer = Renderer(load_tokenizer(folder), policy=render_policy(facts))
+    if not renderer.template:
+        raise ValueError(f"{folder} has no chat template, so no conversation can be scored: add one to its tokenizer")
+    read_reward_facts(folder, renderer)
+    return renderer, facts
+
+
+def longest(model: nn.Module) -> int:
+    """Most positions that a model was made for."""
+    from ptl.models.adapters import base_model
+
+    config = base_model(model).config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 2**31 - 1)
