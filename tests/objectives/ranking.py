@@ -52,7 +52,8 @@ def make_folder(folder: Path) -> Path:
     torch.nn.init.normal_(scored.score.weight, std=0.2)
     scored.save_pretrained(folder / "scored")
     tokenizer.save_pretrained(folder / "scored")
-    write_rows(folder / "rows.jsonl")
+    rows = write_rows(folder / "rows.jsonl")
+    (folder / "partial.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-3]))
     return folder
 
 
