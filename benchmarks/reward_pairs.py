@@ -59,7 +59,7 @@ def piqa(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def data_of(path: Path, model: Path, folder: Path, *, prompts: int) -> Any:
+def data_of(path: Path, model: Path, folder: Path, *, prompts: int, shuffle: bool) -> Any:
     from ptl.data.groups import RankingView
     from ptl.data.module import ChatDataModule
     from ptl.data.parts import Preparation
@@ -70,6 +70,7 @@ def data_of(path: Path, model: Path, folder: Path, *, prompts: int) -> Any:
         max_length=512,
         truncation="drop",
         micro_batch_size=prompts,
+        shuffle=shuffle,
         preparation=Preparation(cache_dir=str(folder / "cache")),
     )
     data.bind(view=RankingView(), tokenizer=str(model))
@@ -99,10 +100,17 @@ def likelihood(model: Path, data: Any) -> dict[str, float]:
     judge = DPO(ModelSpec(name=str(model)))
     judge.configure_model()
     judge.policy.eval()
-    summed = measured(data, judge.logprobs)["accuracy"]
-    mean = measured(data, lambda batch: judge.logprobs(batch) / batch.owners.bincount(minlength=len(batch.last)))
-    longer = measured(data, lambda batch: batch.lengths.float())
-    return {"sum": summed, "mean": mean["accuracy"], "longer": longer["accuracy"]}
+    kept: list[Any] = []
+
+    def summed(batch: Any) -> Any:
+        kept.append(judge.logprobs(batch))
+        return kept[-1]
+
+    def mean(batch: Any) -> Any:
+        return kept.pop(0) / batch.owners.bincount(minlength=len(batch.last))
+
+    scores = {"sum": summed, "mean": mean, "longer": lambda batch: batch.lengths.float()}
+    return {name: measured(data, score)["accuracy"] for name, score in scores.items()}
 
 
 def train(args: argparse.Namespace, rows: Path, folder: Path, seed: int) -> Any:
@@ -119,7 +127,7 @@ def train(args: argparse.Namespace, rows: Path, folder: Path, seed: int) -> Any:
         optimizer=Optimizer(lr=args.lr),
         schedule=Schedule(kind="cosine", warmup=0.1),
     )
-    data = data_of(rows, args.model, folder, prompts=args.prompts)
+    data = data_of(rows, args.model, folder, prompts=args.prompts, shuffle=True)
     data.seed = seed
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_epochs=args.epochs, gradient_clip_val=1.0, logger=False,
@@ -142,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts = {"held": rows[: args.held_out], "train": rows[args.held_out :]}
         for part, own in parts.items():
             (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
-        held = data_of(folder / "held.jsonl", args.model, folder, prompts=args.prompts)
+        held = data_of(folder / "held.jsonl", args.model, folder, prompts=args.prompts, shuffle=False)
         before = likelihood(args.model, held)
         print(f"untrained: {before}", flush=True)
         found = []

@@ -7,6 +7,7 @@ Tokens in the linguistic sense (``pad_token``, ``token_budget``) are left alone.
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
 import re
@@ -44,7 +45,9 @@ _URL_QUERY = re.compile(
     r"([?&](?:token|access_token|api_key|key|sig|signature|x-amz-signature|x-amz-security-token|password)=)[^&\s\"']+",
     re.I,
 )
-_BEARER = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9+/._~-]{8,}=*")
+# A word is no token: one has digits or marks in it.
+_BEARER = re.compile(r"\b(Bearer)\s+(?=[A-Za-z+/~-]*[0-9._])[A-Za-z0-9+/._~-]{8,}=*")
+_BASIC = re.compile(r"\b(Basic)\s+([A-Za-z0-9+/]{8,}={0,2})")
 _ASSIGNED = re.compile(
     rf"((?<![\w.-])-{{0,2}}{_SECRET_NAME}[\"']?\s*[=:]\s*)(\"[^\"\n]*\"|'[^'\n]*'|[^\s,;}}\"']+)", re.I
 )
@@ -86,10 +89,19 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
     text = _URL_USER.sub(rf"\1{MASK}@", text)
     text = _URL_QUERY.sub(rf"\1{MASK}", text)
     text = _BEARER.sub(rf"\1 {MASK}", text)
+    text = _BASIC.sub(lambda match: f"{match[1]} {MASK}" if _is_user_and_password(match[2]) else match[0], text)
     text = _ASSIGNED.sub(_mask_value, text)
     text = _FLAG.sub(_mask_value, text)
     text = _TOKEN.sub(rf"\1{MASK}", text)
     return _WANDB_HEX.sub(rf"\1{MASK}", text)
+
+
+def _is_user_and_password(text: str) -> bool:
+    """Whether it is ``user:password`` in base64, as HTTP's basic authentication has it."""
+    try:
+        return b":" in base64.b64decode(text, validate=True)
+    except ValueError:
+        return False
 
 
 def _mask_value(match: re.Match[str]) -> str:

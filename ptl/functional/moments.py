@@ -44,11 +44,10 @@ def whiten(values: Tensor, mask: Tensor, sums: Tensor, *, centre: bool = True) -
     """
     mean, std = mean_and_std(sums)
     varies = std > 1e-6 * mean.abs().clamp_min(1.0)
-    kept = torch.where(mask, values, 0.0)
     if centre:
-        white = torch.where(varies, (kept - mean) / std.clamp_min(1e-12), 0.0)
+        white = torch.where(varies, (values - mean) / std.clamp_min(1e-12), 0.0)
     else:
-        white = torch.where(varies, kept / std.clamp_min(1e-12), kept)
+        white = torch.where(varies, values / std.clamp_min(1e-12), values)
     return torch.where(mask, white, 0.0).to(values.dtype)
 
 

@@ -10,7 +10,17 @@ from functools import lru_cache
 
 from ptl.rewards.answers import said
 from ptl.rewards.base import Completion, Failure, Outcome, Reward
-from ptl.rewards.sandbox import ConversionError, Job, Limits, RunResult, Sandbox, SandboxError, Tests, convert, shared
+from ptl.rewards.sandbox import (
+    ConversionError,
+    Job,
+    Limits,
+    RunResult,
+    Sandbox,
+    SandboxError,
+    UnitTests,
+    convert,
+    shared,
+)
 from ptl.types import Prompt
 
 _PYTHON = ("", "py", "python", "python3")
@@ -80,7 +90,7 @@ class CodeTests(Reward):
 
     def score(self, completions: Sequence[Completion]) -> list[Outcome]:
         outcomes: list[Outcome] = [None] * len(completions)
-        work: dict[int, tuple[Tests, Job]] = {}
+        work: dict[int, tuple[UnitTests, Job]] = {}
         for i, completion in enumerate(completions):
             prepared = self._prepare(completion)
             if isinstance(prepared, tuple):
@@ -102,12 +112,12 @@ class CodeTests(Reward):
         if self._own is not None:
             self._own.close()
 
-    def _prepare(self, completion: Completion) -> Outcome | tuple[Tests, Job]:
+    def _prepare(self, completion: Completion) -> Outcome | tuple[UnitTests, Job]:
         prompt = completion.prompt
         if not prompt.tests:
             return None
         try:
-            tests = tests_of(prompt)
+            tests = unit_tests_of(prompt)
         except ConversionError as mistake:
             return Failure("bad_tests", str(mistake))
         calls = tests.calls(weak=self.weak_tests)
@@ -122,7 +132,7 @@ class CodeTests(Reward):
         return score.passed / score.total if self.partial else float(score.passed == score.total)
 
 
-def grade(tests: Tests, result: RunResult, *, weak: bool = False) -> CodeScore:
+def grade(tests: UnitTests, result: RunResult, *, weak: bool = False) -> CodeScore:
     """Compares what a program answered with what its tests expect."""
     verdicts = tests.passed(result, weak=weak)
     errors = [result.error, *(call.error for call in result.calls)]
@@ -132,7 +142,7 @@ def grade(tests: Tests, result: RunResult, *, weak: bool = False) -> CodeScore:
     return CodeScore(status, sum(verdicts), len(verdicts), next(filter(None, errors), None))
 
 
-def tests_of(prompt: Prompt) -> Tests:
+def unit_tests_of(prompt: Prompt) -> UnitTests:
     """The unit tests of a prompt, split. Raises ``ConversionError`` where they are no Python, or test nothing."""
     setup = [prompt.meta.get("test_setup_code") or "", *(prompt.meta.get("test_imports") or ())]
     entry_point = prompt.meta.get("entry_point") or None
@@ -143,7 +153,7 @@ def tests_of(prompt: Prompt) -> Tests:
 
 
 @lru_cache(4096)
-def _converted(source: tuple[str, ...], entry_point: str | None, setup: str) -> Tests:
+def _converted(source: tuple[str, ...], entry_point: str | None, setup: str) -> UnitTests:
     return convert(source, entry_point, setup)
 
 

@@ -142,7 +142,7 @@ def number_of(text: str) -> tuple[Fraction, bool] | None:
     for mark in ("\\(", "\\)", "\\[", "\\]", "$", "€", "£"):
         text = text.replace(mark, "")
     text = _SPACES.sub(" ", text).strip().removesuffix(".").strip()
-    fraction = _FRACTION.sub(lambda m: f"{m[1].strip()}/{m[2].strip()}", text)
+    fraction = _FRACTION.sub(lambda m: f" {m[1].strip()}/{m[2].strip()} ", text).strip()
     # Two numbers side by side are no number: only spaces around a sign, a slash or a per cent go.
     match = _NUMBER.fullmatch(re.sub(r" ?([-+/%]) ?", r"\1", fraction))
     if not match or not match[2]:
@@ -161,6 +161,4 @@ def equal(one: tuple[Fraction, bool], other: tuple[Fraction, bool]) -> bool:
 
 
 def _same(a: Fraction, b: Fraction) -> bool:
-    if a.denominator == b.denominator == 1:
-        return a == b
     return round(a, 6) == round(b, 6)

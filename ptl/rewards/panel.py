@@ -18,7 +18,7 @@ RECENT = 100
 _LOG = logging.getLogger(__name__)
 
 
-class RewardsError(RuntimeError):
+class RewardError(RuntimeError):
     """Too many answers could not be judged; the run must stop."""
 
 
@@ -77,7 +77,7 @@ class RewardPanel:
         """Asks every reward about a batch of answers, whole groups or not.
 
         Raises:
-            RewardsError: a reward failed more often than the limit allows.
+            RewardError: a reward failed more often than the limit allows.
         """
         outcomes: dict[str, list[Outcome]] = {}
         metrics: dict[str, tuple[float, float]] = {}
@@ -175,7 +175,7 @@ class RewardPanel:
         failed = [failure for failure in recent if failure is not None]
         if self.error_limit < 1 and len(failed) > self.error_limit * RECENT:
             reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(f.reason for f in failed).most_common())
-            raise RewardsError(
+            raise RewardError(
                 f"the reward {reward.name} failed for {len(failed)} of the last {len(recent)} answers ({reasons}), "
                 f"where error_limit {self.error_limit:g} allows {self.error_limit * RECENT:g} in {RECENT}; the last: "
                 f"{failed[-1].detail or failed[-1].reason}. Mend the reward or its data, or raise error_limit"

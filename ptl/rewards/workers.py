@@ -99,7 +99,7 @@ class Workers:
             if line is None:
                 continue
             if worker.ready and worker.job is not None:
-                outcomes[worker.job] = _understood(line, worker)
+                outcomes[worker.job] = _understood(line)
                 worker.job = None
                 if not line:
                     self._drop(worker)
@@ -176,9 +176,8 @@ class _Worker:
                 pipe.close()
 
 
-def _understood(line: bytes, worker: _Worker) -> float | Failure | None:
+def _understood(line: bytes) -> float | Failure | None:
     if not line:
-        worker.process.poll()
         return Failure("died", "the process that judged it ended, perhaps for want of memory")
     said = json.loads(line)
     return Failure(said["error"], said.get("detail", "")) if "error" in said else said["value"]

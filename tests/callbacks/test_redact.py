@@ -32,6 +32,7 @@ COMMIT = "fedcba9876543210" * 2 + "fedcba98"
         ("--db.password=hunter2000", "hunter2000"),
         ("auth_token: abcdefgh12345678", "abcdefgh12345678"),
         ("Authorization: Bearer abcdefgh.ijkl-mnop", "abcdefgh.ijkl-mnop"),
+        ("Authorization: Basic dXNlcjpwYXNzd29yZA==", "dXNlcjpwYXNzd29yZA"),
         ("aws_secret_access_key = 'wJalrXUtnFEMI/K7MDENG'", "wJalrXUtnFEMI/K7MDENG"),
         ("token: abcdefgh12345678ijkl", "abcdefgh12345678ijkl"),
         ("AKIAIOSFODNN7EXAMPLE", "AKIAIOSFODNN7EXAMPLE"),
@@ -124,3 +125,8 @@ def test_logs(caplog):
     finally:
         caplog.handler.removeFilter(filter_)
     assert [record.getMessage() for record in caplog.records] == [f"token {MASK} of 3", "plain 4"]
+
+
+@pytest.mark.parametrize("text", ["the Basic Input/Output System", "Bearer instruments", "Basic understanding of it"])
+def test_words_after_bearer_and_basic_stay(text):
+    assert redact(text) == text

@@ -46,18 +46,13 @@ def behaves(answer: Completion):
     if text == "input":
         return len(sys.stdin.read())
     if text == "fork":
-        if os.fork() == 0:
-            time.sleep(60)
-        os._exit(0)
+        if child := os.fork():
+            with open(answer.prompt.meta["file"], "w", encoding="utf-8") as file:
+                file.write(str(child))
+            os._exit(0)
+        time.sleep(60)
     special = {"none": None, "nan": float("nan"), "text": "7", "list": [1.0], "true": True, "pid": os.getpid()}
     return special.get(text, 0.5)
-
-
-def touching(answer: Completion):
-    """Writes that it ran."""
-    with open(answer.prompt.meta["file"], "a", encoding="utf-8") as file:
-        file.write(f"{os.getpid()}\n")
-    return behaves(answer)
 
 
 NOT_CALLABLE = 3

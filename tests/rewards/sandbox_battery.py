@@ -30,6 +30,7 @@ def main(settings: dict) -> dict:
     resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 20, 64 << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.set_int_max_str_digits(0)  # the report shows what programs answered
     from ptl.rewards.sandbox import Sandbox, SandboxError
     from ptl.rewards.sandbox.backends import BACKENDS
     from ptl.rewards.sandbox.canaries import verify
@@ -112,7 +113,7 @@ class Bait:
                 got = name.accept()[0].close() if name in (self.tcp, self.stream, self.hidden) else name.recv(10)
                 out.append(f"{name} got {got}")
         for folder in ("/tmp", "/", "/dev/shm", "/var/tmp", "/usr", str(Path(os.__file__).parent)):
-            for pattern in ("ptl-battery*", "ptl_battery*", "written"):
+            for pattern in ("ptl-battery-written*", "ptl_battery_written*", "written"):
                 for path in Path(folder).glob(pattern):
                     if path != self.folder and path not in self.folder.parents:
                         out.append(f"{path} made")
@@ -167,7 +168,7 @@ def looks():
     gc.unfreeze()
     known = [o for o in gc.get_objects() if isinstance(o, (str, dict, list, tuple, set)) and len(o) < 2000]
     spaces = [vars(builtins), vars(sys), dict(os.environ), list(sys.modules), known]
-    return [i for i, space in enumerate(spaces) if ("left-behind-by" + "-the-first") in repr(space)]
+    return [i for i, space in enumerate(spaces) if "".join(["left-behind-by", "-the-first"]) in repr(space)]
 """
 
 

@@ -127,7 +127,7 @@ def add(a, b):
 """,
     score=1,
 )
-_add("honest_big_data", "def add(a, b):\n    list(range(10**6))\n    return a + b", score=1)
+_add("honest_big_data", "def add(a, b):\n    list(range(10**5))\n    return a + b", score=1)
 
 # --- limits ---------------------------------------------------------------------------------------------------------
 _add("endless_loop", "def add(a, b):\n    while True: pass", status="timeout", wall=1.0)
@@ -163,7 +163,7 @@ _attack(
     "resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))",
     before="import resource",
 )
-_add("recursion_crash", "import sys\nsys.setrecursionlimit(10**9)\nf = lambda: f()\nf()", wall=5.0)
+_add("recursion_crash", "import sys\nsys.setrecursionlimit(10**9)\nf = lambda: f()\nf()", wall=1.0)
 _add("crash", "import ctypes\nctypes.string_at(1)", status="killed")
 _add("abort", "import os\nos.abort()")
 
@@ -310,7 +310,7 @@ _attack(
     "open('/proc/self/cwd/etc/hostname')",
     "os.listdir('/etc')",
 )
-_attack("fills_the_disk", "[open(f'/tmp/ptl-battery-{i}', 'wb').write(bytes(1 << 20)) for i in range(8)]")
+_attack("fills_the_disk", "[open(f'/tmp/ptl-battery-written-{i}', 'wb').write(bytes(1 << 20)) for i in range(8)]")
 _attack(
     "reads_secrets",
     *(
@@ -598,9 +598,9 @@ def add(a, b): return Run()
 """,
 )
 _add("endless_results", FORGED + "while True: forge('x' * 65536)", status="output")
-_add("huge_result", "def add(a, b):\n    return 'x' * (100 << 20)", status="output")
+_add("huge_result", "def add(a, b):\n    return 'x' * (10 << 20)", status="output")
 _add("huge_print", "import sys\nfor _ in range(1000): print('x' * 100000)\nsys.stderr.write('y' * 10**7)", status="ok")
-_add("huge_error", "def add(a, b):\n    raise ValueError('x' * (50 << 20))", status="ok")
+_add("huge_error", "def add(a, b):\n    raise ValueError('x' * (5 << 20))", status="ok")
 _add(
     "error_that_cannot_be_shown",
     """
@@ -611,11 +611,11 @@ def add(a, b): raise Shy
     status="ok",
 )
 _add("surrogates", "def add(a, b):\n    return chr(0xd800) + chr(0)")
-_add("huge_integer", "def add(a, b):\n    return 1 << 500000", status="ok")
-_add("larger_integer", "def add(a, b):\n    return 1 << (1 << 26)", status="output")
+_add("huge_integer", "def add(a, b):\n    return 1 << 100000", status="ok")
+_add("larger_integer", "def add(a, b):\n    return 1 << (1 << 23)", status="output")
 _add("recursive_list", "def add(a, b):\n    a = []\n    a.append(a)\n    return a")
 _add("deep_list", "def add(a, b):\n    x = []\n    for _ in range(100000): x = [x]\n    return x")
-_add("colliding_integers", "def add(a, b):\n    return {i * ((1 << 61) - 1) for i in range(3000)}")
+_add("colliding_integers", "def add(a, b):\n    return {i * ((1 << 61) - 1) for i in range(1500)}")
 _add(
     "patches_the_judge",
     """

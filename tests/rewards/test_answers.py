@@ -19,6 +19,7 @@ PREFILLED = "<|im_start|>assistant\n<think>\n"
         (r"\boxed{3}, no: \boxed{ 4 }", ("4", "boxed")),
         (r"\boxed{\frac{1}{2}}", (r"\frac{1}{2}", "boxed")),
         (r"\boxed{\{1, 2\}}", (r"\{1, 2\}", "boxed")),
+        (r"\boxed{1 \} 2} }", (r"1 \} 2", "boxed")),
         (r"\boxed{4} and \boxed{5", ("4", "boxed")),
         (r"\boxed{}", None),
         ("Half of 8 is 4\n#### 4", ("4", "hashes")),

@@ -6,9 +6,10 @@ import sys
 import pytest
 
 from ptl.rewards.base import Completion, Failure
-from ptl.rewards.code import CodeTests, code_in, grade, tests_of, whole_program
+from ptl.rewards.code import CodeTests, code_in, grade, unit_tests_of, whole_program
 from ptl.rewards.sandbox import Sandbox
 from ptl.types import Message, Origin, Prompt
+from tests.rewards.sandbox_here import sandbox_holds  # noqa: F401  (a fixture for all of this module)
 
 TESTS = ("assert add(2, 3) == 5", "assert add(20, 22) == 42", "assert add([1], [2]) == [1, 2]")
 ANSWER = "I add them.\n```python\n{}\n```\n"
@@ -188,7 +189,7 @@ def test_setup_of_mbpp_runs_first(reward):
 
 
 def test_why_a_program_failed_is_told():
-    tests = tests_of(prompt())
+    tests = unit_tests_of(prompt())
     with Sandbox(1) as sandbox:
         told = {
             code: grade(tests, sandbox.run(code, tests.calls()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -56,9 +57,14 @@ def test_what_hangs_is_killed_even_where_it_holds_the_interpreter(workers, behav
     assert found[0] == found[2] == found[3] == 0.5 and found[1].reason == "timeout"
 
 
-def test_what_it_leaves_behind_is_killed_too(workers):
-    found = workers.run(texts("fork", "fine"))
+def test_what_it_leaves_behind_is_killed_too(workers, tmp_path):
+    found = workers.run([completion("fork", file=str(tmp_path / "child")), completion("fine")])
     assert found[1] == 0.5 and found[0].reason in ("died", "timeout")
+    status = Path("/proc", (tmp_path / "child").read_text(), "status")
+    deadline = time.monotonic() + 10
+    while (alive := status.exists() and "State:\tZ" not in status.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not alive
 
 
 def test_values_of_every_kind(workers):

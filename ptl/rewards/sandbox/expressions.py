@@ -11,8 +11,8 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 
-LARGEST_BITS = 1 << 20
-"""Bits of a power or product of integers, and elements of a sequence that is repeated: what a test may not pass."""
+LARGEST_BITS, LONGEST = 1 << 20, 100_000
+"""Bits of a power of integers, and elements of a repeated sequence or a range, that are too many for a test."""
 
 FUNCTIONS: dict[str, Callable] = {
     function.__name__: function
@@ -71,7 +71,7 @@ def _call(node: ast.Call, values: Mapping[str, object]) -> object:
     if len(options) < len(node.keywords) or "key" in options:
         raise UnsupportedError(f"the keywords of {name}() are not read on this side")
     result = function(*arguments, **options)
-    if type(result) is range and len(result) > LARGEST_BITS:
+    if type(result) is range and len(result) > LONGEST:
         raise UnsupportedError("a range that long")
     return result
 
@@ -111,7 +111,7 @@ def _product(op: ast.operator, left: object, right: object) -> object:
         return left**right
     for sequence, times in ((left, right), (right, left)):
         if isinstance(op, ast.Mult) and isinstance(sequence, str | list | tuple) and type(times) is int:
-            if len(sequence) * times > LARGEST_BITS:
+            if len(sequence) * times > LONGEST:
                 raise UnsupportedError("a sequence that long")
             return sequence * times
     raise UnsupportedError("a product of these")

@@ -37,7 +37,7 @@ class Worker:
             try:
                 self.process = subprocess.Popen(
                     command,
-                    stdin=theirs,
+                    stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=self.errors,
                     env={},
