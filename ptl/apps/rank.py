@@ -90,8 +90,8 @@ def serve(args: argparse.Namespace) -> int:
         print(f"{len(items)} prompts of {path}; rankings go to {out} ({done} there, of {people} annotators)")
         if store.strangers:
             print(f"{store.strangers} rows of {out} are about prompts that are not in {path}; they stay as they are")
-        print(f"open {url}   (Ctrl-C stops)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes the signal on once it has stopped
+            print(f"open {url}   (Ctrl-C stops)", flush=True)
             config = uvicorn.Config(
                 build_app(Session(items, store, args.seed, name, args.lang), door),
                 loop="asyncio",

@@ -54,12 +54,27 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("weights")
+def reward_results(folder, tmp_path_factory) -> Path:
+    return run_cases(folder, tmp_path_factory.mktemp("reward"), "reward")
+
+
+@pytest.fixture(scope="module")
+def dpo_results(folder, tmp_path_factory) -> Path:
+    return run_cases(folder, tmp_path_factory.mktemp("dpo"), "dpo")
+
+
+@pytest.fixture(scope="module")
+def results(request) -> dict[str, Path]:
+    """The weights after each case, by objective."""
+    return {name: request.getfixturevalue(f"{name}_results") for name in ("reward", "dpo")}
+
+
+def run_cases(folder: Path, out: Path, objective: str) -> Path:
+    """Runs all cases of an objective, in one start for each number of ranks."""
     common = {"folder": str(folder), "out": str(out)}
-    for world_size, seconds in ((1, 200), (2, 380)):
-        own = [case for case in ALL if case["world_size"] == world_size]
-        run_ranks("tests.objectives.ranking:run", world_size, {**common, "cases": own}, timeout=seconds)
+    for world_size in (1, 2):
+        own = [case for case in ALL if case["world_size"] == world_size and case["objective"] == objective]
+        run_ranks("tests.objectives.ranking:run", world_size, {**common, "cases": own}, timeout=280)
     return out
 
 
@@ -183,28 +198,28 @@ def error(after: np.ndarray, reference: tuple[np.ndarray, np.ndarray]) -> float:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", [case["name"] for case in REWARD])
-def test_law_1_the_update_of_a_reward_model_equals_the_obvious_loop(name, results, reward_reference):
+def test_law_1_the_update_of_a_reward_model_equals_the_obvious_loop(name, reward_results, reward_reference):
     """Traps 7 and 9 of the distillation page: nothing goes past the wrapper, and denominators, with SGD."""
-    assert error(np.load(results / f"{name}.npy"), reward_reference) < 1e-5
+    assert error(np.load(reward_results / f"{name}.npy"), reward_reference) < 1e-5
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", [case["name"] for case in DPO])
-def test_law_1_the_update_of_dpo_equals_the_obvious_loop(name, results, dpo_reference):
-    assert error(np.load(results / f"{name}.npy"), dpo_reference) < 1e-5
+def test_law_1_the_update_of_dpo_equals_the_obvious_loop(name, dpo_results, dpo_reference):
+    assert error(np.load(dpo_results / f"{name}.npy"), dpo_reference) < 1e-5
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", [case["name"] for case in HELD])
-def test_law_1_a_reference_of_another_model_replicated_or_sharded(name, results, held_reference):
-    assert error(np.load(results / f"{name}.npy"), held_reference) < 1e-5
+def test_law_1_a_reference_of_another_model_replicated_or_sharded(name, dpo_results, held_reference):
+    assert error(np.load(dpo_results / f"{name}.npy"), held_reference) < 1e-5
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", [case["name"] for case in ADAPTED if case["world_size"] == 2])
 def test_law_1_the_update_of_an_adapter_and_its_head_is_the_same(name, results):
-    one = np.load(results / f"{name.split('-')[0]}-lora-1x1x8.npy")
-    other = np.load(results / f"{name}.npy")
+    objective = name.split("-")[0]
+    one, other = (np.load(results[objective] / f"{of}.npy") for of in (f"{objective}-lora-1x1x8", name))
     assert one.shape == other.shape
     assert float(np.linalg.norm(other - one) / np.linalg.norm(one)) < 1e-5
 
@@ -213,8 +228,8 @@ def test_law_1_the_update_of_an_adapter_and_its_head_is_the_same(name, results):
 @pytest.mark.parametrize("name", [case["name"] for case in PARTIAL if case["world_size"] == 2])
 def test_law_7_ranks_walk_together_through_a_last_window_that_is_not_full(name, results):
     """Five prompts for two ranks and two micro-batches, with answers in other numbers on each rank."""
-    one = np.load(results / f"{name.split('-')[0]}-partial-1x1x8.npy")
-    other = np.load(results / f"{name}.npy")
+    objective = name.split("-")[0]
+    one, other = (np.load(results[objective] / f"{of}.npy") for of in (f"{objective}-partial-1x1x8", name))
     assert float(np.linalg.norm(other - one) / np.linalg.norm(one)) < 1e-5
 
 
