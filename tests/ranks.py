@@ -30,6 +30,8 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSIONS = Path(tempfile.gettempdir()) / f"ptl-torch-extensions-{os.getuid()}"
 """Where DeepSpeed keeps what it compiles, so that only the first start on a machine pays for it."""
+LOCK_SECONDS = 240.0
+"""A lock that is older is nobody's: the longest compilation takes a minute."""
 TAIL = 6000
 """Characters of each rank's output shown when a start fails."""
 GRACE = 10.0
@@ -74,6 +76,11 @@ def free_port() -> int:
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """The caller's environment with what a CPU rank needs: rendezvous, gloo, one thread, no network."""
     EXTENSIONS.mkdir(parents=True, exist_ok=True)
+    for lock in EXTENSIONS.rglob("lock"):
+        # A compilation that was killed leaves its lock, and every later start would wait for it without end.
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime > LOCK_SECONDS:
+                lock.unlink()
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {
         **os.environ,
