@@ -30,8 +30,8 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSIONS = Path(tempfile.gettempdir()) / f"ptl-torch-extensions-{os.getuid()}"
 """Where DeepSpeed keeps what it compiles, so that only the first start on a machine pays for it."""
-LOCK_SECONDS = 240.0
-"""A lock that is older is nobody's: the longest compilation takes a minute."""
+LOCK_SECONDS = 900.0
+"""A lock that is older is nobody's: a compilation takes minutes on a busy machine, never so many."""
 TAIL = 6000
 """Characters of each rank's output shown when a start fails."""
 GRACE = 10.0
