@@ -84,12 +84,12 @@ def measured(data: Any, score: Callable[[Any], Any]) -> dict[str, Any]:
     import torch
 
     from ptl.functional.ranking_measures import measures_of
-    from ptl.objectives.metrics import RankingMeasures
+    from ptl.objectives.metrics import RankingMeasures, batch_sums
 
     metric = RankingMeasures()
     with torch.no_grad():
         for batch in data.train_dataloader():
-            metric.update(score(batch), batch)
+            metric.update(batch_sums(score(batch), batch))
     return measures_of(metric.compute())
 
 

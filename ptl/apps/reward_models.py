@@ -67,19 +67,13 @@ def load_reward_model(found: Found, *, quantized: bool = True, device: str = "cp
     from ptl.apps.runs import base_spec
     from ptl.models.adapters import load_adapter
     from ptl.models.build import load_base
-    from ptl.models.quantize import is_quantized, keep_codes_in_place
-    from ptl.models.scoring import saved_head
+    from ptl.models.quantize import is_quantized
 
     spec = replace(base_spec(found, quantized=quantized), head="scalar", attention="packed")
     model: Any = load_base(spec)
     if found.adapter:
         model = load_adapter(model, Path(found.name))
-    elif (head := saved_head(found.name)) is not None:
-        with torch.no_grad():  # a checkpoint in 16 bits is read in 16 bits, its fp32 head too
-            model.score.weight.copy_(head)
     coded = is_quantized(model)
-    if coded:
-        keep_codes_in_place(model)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return (model if coded else model.to(device)).eval()

@@ -48,16 +48,8 @@ def ranking_sums(
     right = (difference > 0).double() + 0.5 * (difference == 0).double()
     here = [torch.stack([strict.sum(), (strict * right).sum(), (strict * difference).sum()])]
 
-    prompts = len(weights)
-
-    def per_prompt(values: Tensor) -> Tensor:
-        return values.new_zeros(prompts).index_add(0, of_pair, values)
-
-    concordance = per_prompt((~tied).double() * difference.sign())
-    ordered, told_apart = per_prompt((~tied).double()), per_prompt((difference != 0).double())
-    # Kendall's tau-b: 0 where the scores tell nothing apart, nothing where the human does not.
-    known = counts * (ordered > 0).double()
-    tau = concordance / (ordered * told_apart).sqrt().clamp_min(1.0)
+    tau, ranked = kendall_tau_b((~tied).double(), difference.sign(), of_pair, len(weights))
+    known = counts * ranked.double()
     here.append(torch.stack([known.sum(), (known * tau).sum()]))
 
     counted = counts[groups]
@@ -73,6 +65,32 @@ def ranking_sums(
     slot = torch.bucketize(longer, torch.tensor(LENGTH_EDGES, device=longer.device), right=True)
     here += [r.new_zeros(len(LENGTH_EDGES) + 1).index_add(0, slot, value) for value in (strict, strict * right)]
     return torch.cat(here)
+
+
+def pair_metrics(sums: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """``accuracy``, ``margin`` and ``reward`` of a batch's sums [TOTAL], each as a sum and its count."""
+    pairs, _, answers, *_ = sums.split(list(SIZES.values()))
+    return {"accuracy": (pairs[1], pairs[0]), "margin": (pairs[2], pairs[0]), "reward": (answers[1], answers[0])}
+
+
+def kendall_tau_b(one: Tensor, other: Tensor, of_pair: Tensor, prompts: int) -> tuple[Tensor, Tensor]:
+    """Kendall's tau-b of two orders of each prompt's answers (Kendall, 1945).
+
+    Args:
+        one: float64 [N], -1, 0 or 1: which answer of each pair the first order puts higher, or neither.
+        other: the same of the second order.
+        of_pair: int64 [N], the prompt of each pair.
+        prompts: P.
+
+    Returns:
+        tau [P], 0 where the second order tells nothing apart, and where it is known, bool [P]: where the first does.
+    """
+
+    def per_prompt(values: Tensor) -> Tensor:
+        return values.new_zeros(prompts).index_add(0, of_pair, values)
+
+    first, second = per_prompt(one.abs()), per_prompt(other.abs())
+    return per_prompt(one * other) / (first * second).sqrt().clamp_min(1.0), first > 0
 
 
 def measures_of(sums: Tensor) -> dict[str, Any]:

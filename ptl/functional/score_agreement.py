@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptl.functional.ranking_measures import kendall_tau_b
+
 
 def score_agreement(before: Tensor, after: Tensor, groups: Tensor, pairs: Tensor) -> dict[str, Any]:
     """Agreement of two scorers on all pairs of answers to a prompt.
@@ -29,14 +31,8 @@ def score_agreement(before: Tensor, after: Tensor, groups: Tensor, pairs: Tensor
     count = int(told.sum())
     right = (one == other)[told].double() + 0.5 * (other == 0)[told].double()
     prompts = int(groups.max()) + 1 if groups.numel() else 0
-
-    def per_prompt(values: Tensor) -> Tensor:
-        return old.new_zeros(prompts).index_add(0, groups[pairs[0]], values)
-
-    first, second = per_prompt(one.abs()), per_prompt(other.abs())
-    known = first > 0
     # A scorer that tells nothing apart where the first one does agrees with nothing: 0, not unknown.
-    tau = per_prompt(one * other) / (first * second).sqrt().clamp_min(1.0)
+    tau, known = kendall_tau_b(one, other, groups[pairs[0]], prompts)
     change = new - old
     return {
         "answers": old.numel(),

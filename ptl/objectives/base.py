@@ -145,6 +145,22 @@ class Objective(L.LightningModule, ABC):
         names = self.data.source_names(stage)
         return names if len(names) > 1 else ()
 
+    def loss_by_source(self, sources: Tensor, losses: Tensor, weights: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """The metrics ``loss_<source>`` of a micro-batch; none where there is one source alone.
+
+        Args:
+            sources: int64 [N], index of each item's data source.
+            losses: [N], unweighted and detached.
+            weights: float32 [N].
+        """
+        names = self.source_names("train" if self.training else "val")
+        if not names:
+            return {}
+        sums, counts = (weights.new_zeros(len(names)) for _ in range(2))
+        sums.index_add_(0, sources, losses.to(weights.dtype) * weights)
+        counts.index_add_(0, sources, weights)
+        return {f"loss_{name}": (sums[i], counts[i]) for i, name in enumerate(names)}
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = self.trainer.global_step
         every = self.trainer.log_every_n_steps or 0  # pyright: ignore[reportAttributeAccessIssue]

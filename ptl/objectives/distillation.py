@@ -371,14 +371,7 @@ class Distillation(Objective):
                 metrics[name] = (value, fused.weight)
         if match is not None:
             metrics["hidden"] = (match.detach(), weight)
-        names = self.source_names("train" if self.training else "val")
-        if names:
-            source = batch.sources[documents]
-            sums, counts = (weights.new_zeros(len(names)) for _ in range(2))
-            sums.index_add_(0, source, fused.token_divergence.to(weights.dtype) * weights)
-            counts.index_add_(0, source, weights)
-            metrics |= {f"loss_{name}": (sums[i], counts[i]) for i, name in enumerate(names)}
-        return metrics
+        return metrics | self.loss_by_source(batch.sources[documents], fused.token_divergence, weights)
 
 
 def _cut(side: Side, size: int, targets: Tensor) -> CrossSide:

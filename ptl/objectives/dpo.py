@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ptl.data.groups import RankingView
 from ptl.functional.preference import by_prompt, pair_loss
+from ptl.functional.ranking_measures import pair_metrics
 from ptl.models.adapters import adapter_disabled
 from ptl.models.heads import chosen, hidden_states
 from ptl.models.logprobs import TokenLogprobs, side_logprobs
@@ -16,6 +17,7 @@ from ptl.models.spec import ModelSpec
 from ptl.models.teachers import Teacher
 from ptl.objectives.base import Objective
 from ptl.objectives.live_teacher import LiveTeacher
+from ptl.objectives.metrics import batch_sums
 from ptl.types import GroupBatch, LossOutput
 
 
@@ -76,22 +78,6 @@ class DPO(Objective):
         if self._reference_spec is not None and self._reference is None:
             self._reference = LiveTeacher(self._reference_spec, beside=self.policy)
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self._place()
-
-    def on_validation_start(self) -> None:
-        super().on_validation_start()
-        self._place()
-
-    def on_test_start(self) -> None:
-        super().on_test_start()
-        self._place()
-
-    def _place(self) -> None:
-        if self._reference is not None:
-            self._reference.place(self.device)
-
     def teardown(self, stage: str) -> None:
         if self._reference is not None and self._reference_spec and self._reference_spec.placement == "sharded":
             self._reference.close()
@@ -110,6 +96,7 @@ class DPO(Objective):
         if self._reference is None:
             with evaluating(self.policy), adapter_disabled(self.policy):
                 return self.logprobs(batch)
+        self._reference.place(self.device)
         states, _ = self._reference.states(batch.tokens, batch.predicted_from, parents=batch.parents)
         with self._reference.side(states) as side:
             return _summed(side_logprobs(side, batch.targets), batch)
@@ -128,26 +115,20 @@ class DPO(Objective):
         self, batch: GroupBatch, rewards: Tensor, losses: Tensor, own: Tensor
     ) -> dict[str, tuple[Tensor, Tensor]]:
         rewards, losses, weights = rewards.detach(), losses.detach(), batch.prompt_weights
-        ours, theirs = rewards[batch.pairs[0]], rewards[batch.pairs[1]]
+        better, worse = batch.pairs
         strict = weights[batch.pair_prompts] * (~batch.tied).float()
-        right = (ours > theirs).float() + 0.5 * (ours == theirs).float()
         tokens = torch.zeros_like(rewards).index_add_(0, batch.owners, batch.target_weights)
-        metrics = {
+        pairs = pair_metrics(batch_sums(rewards, batch))
+        return {
             "loss": ((losses * weights).sum(), weights.sum()),
-            "accuracy": ((strict * right).sum(), strict.sum()),
-            "margin": ((strict * (ours - theirs)).sum(), strict.sum()),
-            "chosen_reward": ((strict * ours).sum(), strict.sum()),
-            "rejected_reward": ((strict * theirs).sum(), strict.sum()),
+            "accuracy": pairs["accuracy"],
+            "margin": pairs["margin"],
+            "chosen_reward": ((strict * rewards[better]).sum(), strict.sum()),
+            "rejected_reward": ((strict * rewards[worse]).sum(), strict.sum()),
             # That the better answers become less likely too is DPO's known failure: watch it.
-            "chosen_nll": (-(strict * own.detach()[batch.pairs[0]]).sum(), (strict * tokens[batch.pairs[0]]).sum()),
+            "chosen_nll": (-(strict * own.detach()[better]).sum(), (strict * tokens[better]).sum()),
+            **self.loss_by_source(batch.prompt_sources, losses, weights),
         }
-        names = self.source_names("train" if self.training else "val")
-        if names:
-            sums, counts = (weights.new_zeros(len(names)) for _ in range(2))
-            sums.index_add_(0, batch.prompt_sources, losses * weights)
-            counts.index_add_(0, batch.prompt_sources, weights)
-            metrics |= {f"loss_{name}": (sums[i], counts[i]) for i, name in enumerate(names)}
-        return metrics
 
 
 def _summed(logprobs: Tensor, batch: GroupBatch) -> Tensor:

@@ -56,10 +56,15 @@ class RankingMeasures(Metric):
         super().__init__()
         self.add_state("sums", torch.zeros(TOTAL, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, rewards: Tensor, batch: GroupBatch) -> None:
-        """Adds the scores [D] of a batch's answers."""
-        self.sums += ranking_sums(rewards, batch.lengths, batch.groups, batch.pairs, batch.tied, batch.prompt_weights)
+    def update(self, sums: Tensor) -> None:
+        """Adds a batch's sums [TOTAL], of ``batch_sums``."""
+        self.sums += sums
 
     def compute(self) -> Tensor:
         """float64 [TOTAL]; ``measures_of`` makes numbers of it."""
         return self.sums
+
+
+def batch_sums(rewards: Tensor, batch: GroupBatch) -> Tensor:
+    """``ranking_sums`` of the scores [D] of a batch's answers, float64 [TOTAL]."""
+    return ranking_sums(rewards, batch.lengths, batch.groups, batch.pairs, batch.tied, batch.prompt_weights)

@@ -12,12 +12,12 @@ from torch import Tensor
 from ptl.data.groups import RankingView
 from ptl.data.reward_facts import FILE, reward_facts
 from ptl.functional.preference import by_prompt, pair_loss, plackett_luce
-from ptl.functional.ranking_measures import measures_of
+from ptl.functional.ranking_measures import measures_of, pair_metrics
 from ptl.models.optimizer import Optimizer, Schedule
 from ptl.models.scoring import group_scores
 from ptl.models.spec import ModelSpec
 from ptl.objectives.base import Objective
-from ptl.objectives.metrics import RankingMeasures
+from ptl.objectives.metrics import RankingMeasures, batch_sums
 from ptl.types import GroupBatch, LossOutput
 
 Loss = Literal["bradley_terry", "plackett_luce", "margin"]
@@ -93,49 +93,30 @@ class RewardModeling(Objective):
         rewards = self.scores(batch)
         self._check(rewards, batch)
         better, worse = batch.pairs
-        differences, prompts = rewards[better] - rewards[worse], len(batch.prompt_weights)
+        prompts, weights = len(batch.prompt_weights), batch.prompt_weights
         if self.kind == "plackett_luce":
             losses = plackett_luce(rewards, batch.ranks, batch.groups, prompts)
         else:
-            margins = self.margin_scale * (batch.scores[better] - batch.scores[worse])
+            margins = None
+            if self.kind == "margin":
+                margins = self.margin_scale * (batch.scores[better] - batch.scores[worse])
             pairs = pair_loss(
-                differences,
-                batch.tied,
-                margins=margins if self.kind == "margin" else None,
-                label_smoothing=self.label_smoothing,
+                rewards[better] - rewards[worse], batch.tied, margins=margins, label_smoothing=self.label_smoothing
             )
             losses = by_prompt(pairs, batch.pair_shares, batch.pair_prompts, prompts)
-        weights = batch.prompt_weights
         plain = (losses * weights).sum()
         squares = by_prompt((rewards[better] + rewards[worse]).square(), batch.pair_shares, batch.pair_prompts, prompts)
         centering = (squares * weights).sum()
         total = plain + self.center * centering if self.center else plain
-        measures = self._measures.setdefault(self._stage, RankingMeasures().to(rewards.device))
-        measures.update(rewards, batch)
-        return LossOutput(total, weights.sum(), self._metrics(batch, rewards, losses, centering))
-
-    def _metrics(
-        self, batch: GroupBatch, rewards: Tensor, losses: Tensor, centering: Tensor
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        rewards, losses, weights = rewards.detach(), losses.detach(), batch.prompt_weights
-        differences = rewards[batch.pairs[0]] - rewards[batch.pairs[1]]
-        strict = weights[batch.pair_prompts] * (~batch.tied).float()
-        right = (differences > 0).float() + 0.5 * (differences == 0).float()
-        of_answer = weights[batch.groups]
+        sums = batch_sums(rewards, batch)
+        self._measures.setdefault(self._stage, RankingMeasures().to(rewards.device)).update(sums)
         metrics = {
-            "loss": ((losses * weights).sum(), weights.sum()),
-            "accuracy": ((strict * right).sum(), strict.sum()),
-            "margin": ((strict * differences).sum(), strict.sum()),
-            "reward": ((of_answer * rewards).sum(), of_answer.sum()),
+            "loss": (plain.detach(), weights.sum()),
             "centering": (centering.detach(), weights.sum()),
+            **pair_metrics(sums),
+            **self.loss_by_source(batch.prompt_sources, losses.detach(), weights),
         }
-        names = self.source_names("train" if self.training else "val")
-        if names:
-            sums, counts = (weights.new_zeros(len(names)) for _ in range(2))
-            sums.index_add_(0, batch.prompt_sources, losses * weights)
-            counts.index_add_(0, batch.prompt_sources, weights)
-            metrics |= {f"loss_{name}": (sums[i], counts[i]) for i, name in enumerate(names)}
-        return metrics
+        return LossOutput(total, weights.sum(), metrics)
 
     def _check(self, rewards: Tensor, batch: GroupBatch) -> None:
         """Names the row of a score that is not finite; looked at where a wait for the device is paid anyway."""

@@ -58,12 +58,6 @@ class SFT(Objective):
         metrics = {"loss": (fused.nll, fused.weight), "accuracy": (fused.correct, fused.weight)}
         if fused.entropy is not None:
             metrics["entropy"] = (fused.entropy, fused.weight)
-        names = self.source_names("train" if self.training else "val")
-        if names:
-            source = batch.sources[documents]
-            weights = batch.loss_mask[batch.loss_mask != 0]
-            sums, counts = (weights.new_zeros(len(names)) for _ in range(2))
-            sums.index_add_(0, source, fused.token_nll.float() * weights)
-            counts.index_add_(0, source, weights)
-            metrics |= {f"loss_{name}": (sums[i], counts[i]) for i, name in enumerate(names)}
+        weights = batch.loss_mask[batch.loss_mask != 0]
+        metrics |= self.loss_by_source(batch.sources[documents], fused.token_nll, weights)
         return LossOutput(fused.total, fused.weight, metrics)

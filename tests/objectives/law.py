@@ -140,13 +140,15 @@ def flat(state: dict[str, Any]) -> np.ndarray:
     return np.concatenate([state[name].double().cpu().numpy().ravel() for name in sorted(unique.values())])
 
 
-def run(folder: str, out: str, cases: list[dict[str, Any]]) -> dict[str, Any]:
+def run(
+    folder: str, out: str, cases: list[dict[str, Any]], train: Callable[..., np.ndarray] = trained
+) -> dict[str, Any]:
     """Entry point of a rank: trains each case, and the first rank saves the weights as ``OUT/<name>.npy``."""
     import os
 
     for case in cases:
         options = {k: v for k, v in case.items() if k != "name"}
-        weights = trained(folder, **options)
+        weights = train(folder, **options)
         if int(os.environ.get("RANK", "0")) == 0:
             np.save(Path(out) / f"{case['name']}.npy", weights)
     return {"cases": [case["name"] for case in cases]}

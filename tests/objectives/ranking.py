@@ -126,12 +126,5 @@ def frozen(objective: Any) -> None:
 
 
 def run(folder: str, out: str, cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """Entry point of a rank: trains each case, and the first rank saves the weights as ``OUT/<name>.npy``."""
-    import os
-
-    for case in cases:
-        options = {k: v for k, v in case.items() if k != "name"}
-        weights = trained(folder, **options)
-        if int(os.environ.get("RANK", "0")) == 0:
-            np.save(Path(out) / f"{case['name']}.npy", weights)
-    return {"cases": [case["name"] for case in cases]}
+    """Entry point of a rank; see ``law.run``."""
+    return law.run(folder, out, cases, train=trained)

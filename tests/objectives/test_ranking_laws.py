@@ -95,7 +95,7 @@ def rendered(folder) -> list[dict[str, Any]]:
     return rows
 
 
-def reference_update(rendered, model, loss_of_row, lr) -> tuple[np.ndarray, np.ndarray]:
+def reference_update(rendered, order, model, loss_of_row, lr) -> tuple[np.ndarray, np.ndarray]:
     """Weights before and after the obvious loop: one prompt at a time, sum over the window over its prompts, SGD."""
     import torch
 
@@ -103,9 +103,8 @@ def reference_update(rendered, model, loss_of_row, lr) -> tuple[np.ndarray, np.n
         return law.flat({k: v.detach() for k, v in model.state_dict(keep_vars=True).items() if v.requires_grad})
 
     before = weights()
-    order = list(range(len(rendered)))
     for step in range(law.STEPS):
-        window = [rendered[i] for i in _order(order, step)]
+        window = [rendered[i] for i in order[8 * step : 8 * step + 8]]
         (sum(loss_of_row(row) for row in window) / len(window)).backward()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -115,20 +114,14 @@ def reference_update(rendered, model, loss_of_row, lr) -> tuple[np.ndarray, np.n
     return before, weights()
 
 
-ORDER: list[int] = []
-
-
-def _order(order: list[int], step: int) -> list[int]:
-    return [ORDER[i] for i in range(8 * step, 8 * step + 8)]
-
-
 @pytest.fixture(scope="module")
-def in_order(folder) -> None:
+def in_order(folder) -> list[int]:
     """The rows in the order in which the data module deals them, found by their index."""
     _, data = ranking.build(str(folder))
     data.prepare()
-    ORDER[:] = [int(batch.tokens.rows[0]) for batch in data.train_dataloader()]
-    assert sorted(ORDER) == list(range(8 * law.STEPS))
+    order = [int(batch.tokens.rows[0]) for batch in data.train_dataloader()]
+    assert sorted(order) == list(range(8 * law.STEPS))
+    return order
 
 
 def pairs_loss(values, ranks, beta: float = 1.0):
@@ -158,10 +151,10 @@ def reward_reference(folder, rendered, in_order):
         states = [model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1] for ids in row["ids"]]
         return pairs_loss([model.score(state)[0] for state in states], row["ranks"])
 
-    return reference_update(rendered, model, loss, ranking.LR["reward"])
+    return reference_update(rendered, in_order, model, loss, ranking.LR["reward"])
 
 
-def dpo_reference_of(folder, rendered, name):
+def dpo_reference_of(folder, rendered, order, name):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -178,17 +171,17 @@ def dpo_reference_of(folder, rendered, name):
         own = [logprob(model, ids, row["start"]) - logprob(held_to, ids, row["start"]) for ids in row["ids"]]
         return pairs_loss(own, row["ranks"], ranking.BETA)
 
-    return reference_update(rendered, model, loss, ranking.LR["dpo"])
+    return reference_update(rendered, order, model, loss, ranking.LR["dpo"])
 
 
 @pytest.fixture(scope="module")
 def dpo_reference(folder, rendered, in_order):
-    return dpo_reference_of(folder, rendered, "model")
+    return dpo_reference_of(folder, rendered, in_order, "model")
 
 
 @pytest.fixture(scope="module")
 def held_reference(folder, rendered, in_order):
-    return dpo_reference_of(folder, rendered, "reference")
+    return dpo_reference_of(folder, rendered, in_order, "reference")
 
 
 def error(after: np.ndarray, reference: tuple[np.ndarray, np.ndarray]) -> float:

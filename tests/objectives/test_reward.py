@@ -68,12 +68,12 @@ def held_out(objective, data, folder, name: str) -> dict[str, Any]:
     _, rows = ranking.build(str(folder), rows=name, micro=16)
     rows.prepare()
     from ptl.functional.ranking_measures import measures_of
-    from ptl.objectives.metrics import RankingMeasures
+    from ptl.objectives.metrics import RankingMeasures, batch_sums
 
     metric = RankingMeasures()
     with torch.no_grad():
         for batch in rows.train_dataloader():
-            metric.update(objective.scores(batch), batch)
+            metric.update(batch_sums(objective.scores(batch), batch))
     return measures_of(metric.compute())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from fractions import Fraction
-from importlib.util import find_spec
 
 import pytest
 
@@ -16,8 +15,6 @@ from tests.rewards.parts import completion
 
 @pytest.fixture(scope="module")
 def maths():
-    if find_spec("math_verify") is None:
-        pytest.skip("math-verify is not installed")
     reward = MathVerify(seconds_each=3.0)
     yield reward
     reward.close()
