@@ -142,8 +142,8 @@ def packed_attention(
             f"{tuple(query.shape)}, keys of shape {tuple(key.shape)}, causal={causal}: set data.layout to padded"
         )
     plain = softcap is None and s_aux is None
-    bounded = cu_seq_lens_q is not None and max_length_q is not None and document_parents is None
-    if plain and bounded and _has_kernel(query, key, value, dropout):
+    in_one_call = plain and document_parents is None and _has_kernel(query, key, value, dropout)
+    if in_one_call and cu_seq_lens_q is not None and max_length_q is not None:
         return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window), None
     if document_lengths is None and cu_seq_lens_q is not None:
         document_lengths = cu_seq_lens_q.diff().tolist()
