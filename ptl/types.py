@@ -247,6 +247,73 @@ class GroupBatch(NamedTuple):
         return self.groups[self.pairs[0]]
 
 
+class Turn(NamedTuple):
+    """Which micro-batch of which rollout.
+
+    Attributes:
+        epoch, start: name the rollout: the epoch, and the first of its positions in the epoch's order.
+        count: windows of the rollout, an optimizer step each.
+        windows: int64 [P], the window of each prompt.
+        window: the micro-batch's own, in [0, count).
+        micro: its place among the rank's micro-batches of the step, in [0, accumulate).
+        accumulate: micro-batches of a step.
+    """
+
+    epoch: int
+    start: int
+    count: int
+    windows: np.ndarray
+    window: int
+    micro: int
+    accumulate: int
+
+
+class PromptBatch(NamedTuple):
+    """Prompts to answer, by their numbers; arrays on the host, since they are looked up and not computed with.
+
+    Attributes:
+        rows: int64 [P], prepared rows.
+        positions: int64 [P], place of each in its epoch's order, which names its draws on any number of ranks.
+        real: bool [P], False for a prompt that only fills a place.
+        turn: in training: the prompts are all that the rank answers in a rollout, and this micro-batch's is one part.
+    """
+
+    rows: np.ndarray
+    positions: np.ndarray
+    real: np.ndarray
+    turn: Turn | None = None
+
+
+class RolloutBatch(NamedTuple):
+    """Sampled answers to P prompts, whole groups, ready for a forward pass.
+
+    Shape letters as in ``GroupBatch``: D answers, M trained tokens.
+
+    Attributes:
+        answers: the tokens; ``targets``, ``predicted_from`` and ``owners`` are those of the trained tokens alone:
+            neither prompts nor what a tool wrote are among them, and nothing of an answer that is left out.
+        rewards: float32 [D], NaN where an answer has none.
+        truncated: bool [D], answers that reached their limit before their end.
+        group_tokens: int64 [D], trained tokens of all answers to the same prompt.
+        tokens: name -> float32 [M], what is known of each trained token: ``behaviour``, the log-probability it was
+            drawn with; ``advantages``; ``old``, ``reference``, ``values``, ``returns`` once they have been computed.
+        window, micro: which micro-batch of the rollout.
+    """
+
+    answers: GroupBatch
+    rewards: Tensor
+    truncated: Tensor
+    group_tokens: Tensor
+    tokens: dict[str, Tensor]
+    window: int = 0
+    micro: int = 0
+
+    @property
+    def window_weight(self) -> Tensor:
+        """float64 [], what the step's loss is divided by."""
+        return self.answers.tokens.window_weight
+
+
 class SparseTargets(NamedTuple):
     """What a teacher said about N tokens, kept in part: some entries of its distribution and what they leave out.
 

@@ -19,6 +19,7 @@ from ptl.data.batches import Layout
 from ptl.data.order import Plan
 from ptl.data.units import Units
 from ptl.data.views import View
+from ptl.types import PromptBatch, Turn
 
 
 class MicroBatch(NamedTuple):
@@ -52,6 +53,45 @@ def eval_batches(plan: Plan, units: Units, rank: int, *, bucket: bool) -> Iterat
         for members, real in zip(*plan.share(window, units.sizes(window), rank, bucket)):
             rows, counts = units.rows(members)
             yield MicroBatch(rows, np.repeat(~real, counts), float(units.loss_weights(members[real]).sum()))
+
+
+def prompt_batches(plan: Plan, units: Units, rank: int) -> Iterator[PromptBatch]:
+    """The prompts of one rank from ``plan.start`` to the end of the epoch, micro-batch by micro-batch.
+
+    Each micro-batch names all prompts that the rank answers in its rollout, so that whoever sees the first one can
+    answer them all; who has answered them goes on. Places of a last, partial window that stay empty name no prompt.
+    """
+    shared: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    for step in range(plan.steps):
+        place = plan.locate(step)
+        if place.first not in shared:
+            shared = {place.first: _prompts(plan, units, rank, place.first, place.count)}
+        rows, positions, windows = shared[place.first]
+        start = plan.start + place.first * plan.window_size
+        for micro in range(plan.accumulate):
+            turn = Turn(plan.epoch, start, place.count, windows, place.window, micro, plan.accumulate)
+            yield PromptBatch(rows, positions, np.ones(len(rows), bool), turn)
+
+
+def _prompts(plan: Plan, units: Units, rank: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, positions in the epoch and windows of a rank's prompts in a rollout."""
+    rows, positions, windows = [], [], []
+    for window in range(count):
+        at = plan.positions(first + window)
+        own = units.of_epoch(plan.epoch, plan.units_at(at))
+        deal = plan.share(np.arange(len(at)), units.sizes(own), rank)
+        mine = deal.units[deal.real]
+        rows.append(units.rows(own[mine])[0])
+        positions.append(at[mine])
+        windows.append(np.full(len(mine), window))
+    return np.concatenate(rows), np.concatenate(positions), np.concatenate(windows)
+
+
+class AsPlanned(Dataset[Any]):
+    """What is planned is the batch."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return index
 
 
 class RowDataset(Dataset[Any]):
@@ -92,13 +132,13 @@ def _values(column: pa.Array) -> Sequence[Any]:
     return [flat[begin:end] for begin, end in zip(column.offsets.to_pylist(), column.offsets.to_pylist()[1:])]
 
 
-class _Planned(Sampler[MicroBatch]):
+class _Planned(Sampler[Any]):
     """Hands the planned micro-batches to torch as indices."""
 
-    def __init__(self, batches: Callable[[], Iterable[MicroBatch]]) -> None:
+    def __init__(self, batches: Callable[[], Iterable[Any]]) -> None:
         self._batches = batches
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self._batches())
 
 
@@ -119,8 +159,8 @@ class Loader:
 
     def __init__(
         self,
-        dataset: RowDataset,
-        batches: Callable[[], Iterable[MicroBatch]],
+        dataset: Dataset[Any],
+        batches: Callable[[], Iterable[MicroBatch | PromptBatch]],
         count: Callable[[], int],
         *,
         num_workers: int = 0,
@@ -161,8 +201,8 @@ class ResumableLoader(Loader):
 
     def __init__(
         self,
-        dataset: RowDataset,
-        batches: Callable[[], Iterable[MicroBatch]],
+        dataset: Dataset[Any],
+        batches: Callable[[], Iterable[MicroBatch | PromptBatch]],
         count: Callable[[], int],
         *,
         state: Callable[[], dict[str, Any]],

@@ -6,17 +6,28 @@ does with them is in ``parts``, ``units``, ``order``, ``loader`` and ``progress`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
 import lightning as L
+import numpy as np
 
 from ptl.data.audit import Audit, Thresholds
 from ptl.data.batches import Layout
-from ptl.data.loader import Loader, MicroBatch, ResumableLoader, RowDataset, eval_batches, train_batches
-from ptl.data.order import Plan
+from ptl.data.loader import (
+    AsPlanned,
+    Loader,
+    MicroBatch,
+    ResumableLoader,
+    RowDataset,
+    eval_batches,
+    prompt_batches,
+    table_rows,
+    train_batches,
+)
+from ptl.data.order import Plan, permutation_keys, permute
 from ptl.data.parts import Part, Preparation, Split, open_part
 from ptl.data.prepare import Prepared
 from ptl.data.prepare import prepare as prepare_rows
@@ -25,6 +36,7 @@ from ptl.data.render import Renderer, RenderPolicy, Truncation
 from ptl.data.sources import Source
 from ptl.data.tokenizer import load_tokenizer
 from ptl.data.views import ChatView, View
+from ptl.types import PromptBatch
 
 _POLICY = RenderPolicy()
 _THRESHOLDS = Thresholds()
@@ -125,6 +137,8 @@ class ChatDataModule(L.LightningDataModule):
         """Tells the module what the objective eats, and the tokenizer to use where the user named none."""
         self.view = view
         self.tokenizer = self.tokenizer or tokenizer
+        if view.samples and self.pack_to is not None:
+            raise ValueError("data.pack_to is set, and answers to prompts are sampled one by one: remove data.pack_to")
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -229,7 +243,7 @@ class ChatDataModule(L.LightningDataModule):
     # ---- order ----
 
     def _train_plan(self, position: Position) -> Plan:
-        return Plan(
+        plan = Plan(
             units=self._parts["train"].units.entries,
             seed=self.seed,
             epoch=position.epoch,
@@ -238,7 +252,18 @@ class ChatDataModule(L.LightningDataModule):
             micro_batch_size=self.micro_batch_size,
             start=position.units,
             shuffle=self.shuffle,
+            windows=self.view.windows,
+            passes=self.view.passes,
+            inner=position.inner,
         )
+        if position.inner and plan.window_size != position.window:
+            raise ValueError(
+                f"the checkpoint is {position.inner} steps into a rollout whose steps take {position.window} prompts, "
+                f"and these ranks, accumulation and micro-batches take {plan.window_size}: keep world_size * "
+                f"trainer.accumulate_grad_batches * data.micro_batch_size at {position.window}, or resume from a "
+                "checkpoint between two rollouts"
+            )
+        return plan
 
     @property
     def _rank(self) -> int:
@@ -277,17 +302,21 @@ class ChatDataModule(L.LightningDataModule):
                 )
             self._cursor.expect(self.trainer, self._train_plan, batches)
 
-        def passes() -> Iterator[MicroBatch]:
+        def passes() -> Iterator[MicroBatch | PromptBatch]:
             plan = self._cursor.begin(self.trainer, self._train_plan)
             if plan.accumulate != accumulate:
                 raise ValueError(
                     f"accumulate_grad_batches changed from {accumulate} to {plan.accumulate} while training, which "
                     "would change the number of batches of an epoch: remove GradientAccumulationScheduler"
                 )
-            yield from train_batches(plan, self._parts["train"].units, self._rank, bucket=self.layout == "padded")
+            units = self._parts["train"].units
+            if self.view.samples:
+                yield from prompt_batches(plan, units, self._rank)
+            else:
+                yield from train_batches(plan, units, self._rank, bucket=self.layout == "padded")
 
         loader = ResumableLoader(
-            self._dataset("train"),
+            AsPlanned() if self.view.samples else self._dataset("train"),
             passes,
             lambda: self._epoch_batches,
             num_workers=self.num_workers,
@@ -329,6 +358,23 @@ class ChatDataModule(L.LightningDataModule):
         prepare = getattr(self.trainer.lightning_module, "prepare", None) if self.trainer else None
         return prepare(batch) if callable(prepare) else batch
 
+    def rows(self, stage: str, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Prepared rows by number, as the view's ``encode`` made them, each with its ``source`` and its ``row``."""
+        rows = self.prepared_rows(stage).rows.select_columns([*self.view.features, "source"]).with_format("arrow")
+        return [{**row, "row": number} for number, row in zip(numbers, table_rows(rows[list(numbers)]))]
+
+    def substitutes(self, epoch: int, positions: np.ndarray, turn: int) -> np.ndarray:
+        """Other training rows, int64 [N], for positions of an epoch whose own were of no use.
+
+        Arguments:
+            epoch: as in ``Plan``.
+            positions: int64 [N], in the epoch's order.
+            turn: which substitute, from 1; each has an order of its own, the same on any number of ranks.
+        """
+        units = self._parts["train"].units
+        entries = permute(positions, units.entries, permutation_keys(self.seed, epoch, turn))
+        return units.rows(units.of_epoch(epoch, entries))[0]
+
     def _keep(self, part: str, loader: Loader) -> None:
         """Takes the place of the part's former loader, whose worker processes end."""
         if part in self._loaders:
@@ -354,8 +400,8 @@ class ChatDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The position after the last whole optimizer step; the same on every rank.
 
-        ``epoch`` and ``units``, consumed in it over all ranks, and what they depend on: ``of`` units an epoch,
-        ``tokens``, ``seed`` and ``shuffle``.
+        ``epoch`` and ``units``, consumed in it over all ranks, with ``inner`` and ``window`` of a rollout that is not
+        done with, and what they depend on: ``of`` units an epoch, ``tokens``, ``seed`` and ``shuffle``.
         """
         if not self._parts:
             return {}

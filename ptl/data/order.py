@@ -91,6 +91,20 @@ class Deal(NamedTuple):
     real: np.ndarray
 
 
+class Place(NamedTuple):
+    """Where an optimizer step stands in a rollout.
+
+    Attributes:
+        first: first window of the rollout, from the plan's start.
+        count: windows of the rollout; the last one of an epoch may have fewer.
+        window: the step's own, in [0, count).
+    """
+
+    first: int
+    count: int
+    window: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Which units each rank trains on, at each step of one epoch.
@@ -105,6 +119,9 @@ class Plan:
         start: units of this epoch that are already consumed; step 0 begins there. After a resume with other ranks or
             another accumulation this need not be a multiple of the window.
         shuffle: False walks the units in their own order.
+        windows: steps whose units are sampled together, for objectives that sample answers; see ``locate``.
+        passes: how often those steps are walked before the next units are sampled.
+        inner: steps that are done of the rollout that begins at ``start``.
     """
 
     units: int
@@ -115,9 +132,12 @@ class Plan:
     micro_batch_size: int = 1
     start: int = 0
     shuffle: bool = True
+    windows: int = 1
+    passes: int = 1
+    inner: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("world_size", "accumulate", "micro_batch_size"):
+        for name in ("world_size", "accumulate", "micro_batch_size", "windows", "passes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is 1 or more: got {getattr(self, name)}")
         if not 0 <= self.start <= self.units:
@@ -131,22 +151,47 @@ class Plan:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of the epoch had it begun at unit 0."""
-        return -(-self.units // self.window_size)
+        return -(-self.units // self.window_size) * self.passes
 
     @property
     def steps(self) -> int:
         """Optimizer steps from ``start`` to the end of the epoch; the last one may be partial, and is trained."""
+        return self._windows_left * self.passes - self.inner
+
+    @property
+    def _windows_left(self) -> int:
         return -(-(self.units - self.start) // self.window_size)
 
     def consumed(self, steps: int) -> int:
-        """Units of the epoch that are done after this many steps from ``start``."""
-        return min(self.units, self.start + steps * self.window_size)
+        """Units of the epoch that are done with after this many steps from ``start``; a rollout counts as a whole."""
+        return self.after(steps)[0]
+
+    def after(self, steps: int) -> tuple[int, int]:
+        """``consumed``, and how many of the steps are of the rollout that comes next: ``inner`` of the plan there."""
+        whole, inner = divmod(steps + self.inner, self.windows * self.passes)
+        units = self.start + whole * self.windows * self.window_size
+        return (units, inner) if units < self.units and steps < self.steps else (self.units, 0)
+
+    def locate(self, step: int) -> Place:
+        """Where a step stands in its rollout: ``windows`` windows of units that are walked ``passes`` times."""
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of {self.steps}")
+        whole, inner = divmod(step + self.inner, self.windows * self.passes)
+        count = min(self.windows, self._windows_left - whole * self.windows)
+        return Place(whole * self.windows, count, inner % count)
 
     def window(self, step: int) -> np.ndarray:
         """Units, int64 [<= window_size], of one optimizer step over all ranks. Costs the same at any step."""
-        if not 0 <= step < self.steps:
-            raise IndexError(f"step {step} of {self.steps}")
-        positions = np.arange(self.consumed(step), self.consumed(step + 1))
+        place = self.locate(step)
+        return self.units_at(self.positions(place.first + place.window))
+
+    def positions(self, window: int) -> np.ndarray:
+        """The positions in the epoch, int64 [<= window_size], of a window counted from ``start``."""
+        begin = self.start + window * self.window_size
+        return np.arange(min(begin, self.units), min(begin + self.window_size, self.units))
+
+    def units_at(self, positions: np.ndarray) -> np.ndarray:
+        """The units, int64 [N], at positions of the epoch."""
         return permute(positions, self.units, permutation_keys(self.seed, self.epoch)) if self.shuffle else positions
 
     def deal(

@@ -24,10 +24,14 @@ class Position:
     Attributes:
         epoch: from 0.
         units: consumed in this epoch over all ranks; all of them when the epoch is done.
+        inner: optimizer steps since then, of a rollout whose answers are still trained on.
+        window: units of a step over all ranks, where ``inner`` counts such steps.
     """
 
     epoch: int = 0
     units: int = 0
+    inner: int = 0
+    window: int = 0
 
 
 PlanAt = Callable[[Position], Plan]
@@ -61,7 +65,7 @@ class Cursor:
         plan, done = plan_at(self._start), _finished(trainer)
         if done >= trainer.num_training_batches:
             return Position(self._start.epoch, plan.units)
-        return Position(self._start.epoch, plan.consumed(max(0, done - self._first_batch) // plan.accumulate))
+        return _after(plan, max(0, done - self._first_batch) // plan.accumulate)
 
     def expect(self, trainer: L.Trainer, plan_at: PlanAt, batches: int) -> None:
         """Sets Lightning's counts to a loaded position, before its loops look at them.
@@ -93,7 +97,7 @@ class Cursor:
         plan = plan_at(self._next_start(trainer, plan_at))
         if plan.steps == 0:
             plan = plan_at(Position(plan.epoch + 1))
-        self._start, self._first_batch = Position(plan.epoch, plan.start), _batches_before(plan)
+        self._start, self._first_batch = _after(plan, 0), _batches_before(plan)
         if trainer is not None:
             if _finished(trainer) > self._first_batch:
                 raise RuntimeError(
@@ -109,7 +113,7 @@ class Cursor:
             if trainer is None:
                 return Position()
             plan = plan_at(Position(trainer.current_epoch))
-            return Position(plan.epoch, plan.consumed(_finished(trainer) // plan.accumulate))
+            return _after(plan, _finished(trainer) // plan.accumulate)
         return self._start if self._first_batch is None else Position(self._start.epoch + 1)
 
 
@@ -126,13 +130,19 @@ def position_of(state: Mapping[str, Any], identity: Mapping[str, Any]) -> Positi
         ValueError: it lies inside an epoch of other data, or of another order.
     """
     changed = [f"{name} {state[name]} -> {value}" for name, value in identity.items() if state[name] != value]
-    if changed and 0 < state["units"] < state["of"]:
+    inner, window = state.get("inner", 0), state.get("window", 0)
+    if changed and (0 < state["units"] < state["of"] or inner):
         raise ValueError(
             f"the checkpoint is {state['units']} of {state['of']} units into epoch {state['epoch']}, and the data is "
             f"not the same ({', '.join(changed)}; of: units an epoch): resume with the data.train, data.pack_to, "
             "data.val_fraction, data.seed and data.shuffle of the run, or from a checkpoint at the end of an epoch"
         )
-    return Position(state["epoch"], identity["of"] if state["units"] == state["of"] else state["units"])
+    return Position(state["epoch"], identity["of"] if state["units"] == state["of"] else state["units"], inner, window)
+
+
+def _after(plan: Plan, steps: int) -> Position:
+    units, inner = plan.after(steps)
+    return Position(plan.epoch, units, inner, plan.window_size if inner else 0)
 
 
 def epoch_batches(plan: Plan) -> int:

@@ -29,10 +29,15 @@ class View(ABC):
         record: the record type its sources must hold.
         features: the columns of an example. ``length`` int32, ``weight`` float32 (sum of the loss weights),
             ``truncated`` and ``lost_end`` bool are in every view.
+        samples: whether the objective samples answers to the rows, which then are prompts and come as ``PromptBatch``.
+        windows, passes: steps that one rollout's answers are for, and how often they are trained on (``order.Plan``).
     """
 
     record: ClassVar[type[Record]]
     features: ClassVar[Features]
+    samples: bool = False
+    windows: int = 1
+    passes: int = 1
 
     @abstractmethod
     def encode(

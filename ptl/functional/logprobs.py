@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ptl.functional.cross_entropy import check_shapes
-from ptl.functional.head import Inputs, Options, run
+from ptl.functional.head import Inputs, Options, accumulate, chunk_rows, project, run
 
 
 def fused_linear_logprobs(
@@ -39,6 +39,34 @@ def fused_linear_logprobs(
     Raises:
         ValueError: shapes do not fit.
     """
+    options = Options(softcap, logit_scale, 0.0, 0.0, chunk_tokens, False)
+    return _apply(hidden, weight, targets, bias, low_rank, options)[0]
+
+
+def fused_linear_logprobs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``fused_linear_logprobs``, and the entropy in nats of each of the N distributions, differentiable too."""
+    options = Options(softcap, logit_scale, 0.0, 0.0, chunk_tokens, True)
+    return _apply(hidden, weight, targets, bias, low_rank, options)
+
+
+def _apply(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    low_rank: tuple[Tensor, Tensor] | None,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -48,7 +76,6 @@ def fused_linear_logprobs(
     inputs = Inputs(*(None if t is None else t.to(dtype) for t in (hidden, weight, bias, reduced, up)))  # pyright: ignore[reportArgumentType]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     check_shapes(inputs, targets, torch.empty(targets.shape, dtype=wide, device=targets.device))
-    options = Options(softcap, logit_scale, 0.0, 0.0, chunk_tokens, False)
     with torch.autocast(device, enabled=False):
         return _FusedLinearLogprobs.apply(*inputs, targets, options, wide)  # pyright: ignore[reportReturnType]
 
@@ -56,16 +83,60 @@ def fused_linear_logprobs(
 class _FusedLinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, reduced, up, targets, options, wide):
-        ctx.save_for_backward(hidden, weight, bias, reduced, up, targets)
-        ctx.options = options
         ones = torch.ones(len(targets), dtype=wide, device=hidden.device)
         rows, _ = run(Inputs(hidden, weight, bias, reduced, up), targets, ones, options, (False,) * 5)
-        return -rows.nll
+        entropy = ones.new_empty(0) if rows.entropy is None else rows.entropy
+        ctx.save_for_backward(hidden, weight, bias, reduced, up, targets, entropy)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return -rows.nll, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor):
-        *inputs, targets = ctx.saved_tensors
-        # The gradient of sum(g * logprob) is that of the cross-entropy with weights -g.
-        _, gradients = run(Inputs(*inputs), targets, -grad_outputs[0], ctx.options, ctx.needs_input_grad[:5])
+    def backward(ctx: Any, *grad_outputs: Tensor | None):
+        *tensors, targets, entropy = ctx.saved_tensors
+        inputs, options, wanted = Inputs(*tensors), ctx.options, ctx.needs_input_grad[:5]
+        of_logprobs, of_entropy = grad_outputs
+        if of_logprobs is None:
+            of_logprobs = torch.zeros(len(targets), dtype=entropy.dtype, device=entropy.device)
+        if of_entropy is None or not options.metrics:
+            # The gradient of sum(g * logprob) is that of the cross-entropy with weights -g.
+            plain = options._replace(metrics=False)
+            _, gradients = run(inputs, targets, -of_logprobs, plain, wanted)
+        else:
+            gradients = _with_entropy(inputs, targets, of_logprobs, entropy, of_entropy, options, wanted)
         return *gradients, None, None, None
+
+
+def _with_entropy(
+    inputs: Inputs,
+    targets: Tensor,
+    of_logprobs: Tensor,
+    entropy: Tensor,
+    of_entropy: Tensor,
+    options: Options,
+    wanted: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """Gradients of ``sum(g * logprob + h * entropy)``: by a logit, ``g (1[target] - p) - h p (log p + entropy)``."""
+    n, vocab = len(targets), inputs.weight.shape[0]
+    gradients = [torch.zeros_like(t) if t is not None and want else None for t, want in zip(inputs, wanted)]
+    chunk = chunk_rows(n, vocab, inputs.hidden, options.chunk_tokens)
+    for start in range(0, n, chunk):
+        here = slice(start, min(start + chunk, n))
+        z = inputs.hidden.new_empty(here.stop - start, vocab)
+        project(inputs, here, options.logit_scale, z)
+        capped = z.to(of_logprobs.dtype)
+        if options.softcap is not None:
+            capped = options.softcap * torch.tanh(capped / options.softcap)
+        logp = torch.log_softmax(capped, -1)
+        p = logp.exp()
+        g, h = of_logprobs[here, None], of_entropy[here, None]
+        dz = -p * (g + h * (logp + entropy[here, None]))
+        dz.scatter_add_(1, targets[here, None], g)
+        if options.softcap is not None:
+            dz = dz * (1 - (capped / options.softcap).square())
+        dz = dz * options.logit_scale
+        if gradients[2] is not None:
+            gradients[2].add_(dz.sum(0).to(gradients[2].dtype))
+        accumulate(gradients, inputs, here, dz.to(inputs.hidden.dtype))
+    return gradients

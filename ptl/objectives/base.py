@@ -135,10 +135,13 @@ class Objective(L.LightningModule, ABC):
 
     def _collect(self, stage: str, out: LossOutput) -> None:
         if stage not in self._means:
-            names = ("loss", *self.metric_names, *(f"loss_{name}" for name in self.source_names(stage)))
-            self._means[stage] = WeightedMeans(names).to(out.total.device)
+            self._means[stage] = WeightedMeans(self.names_of(stage)).to(out.total.device)
         metrics = out.metrics if "loss" in out.metrics else {"loss": (out.total, out.weight), **out.metrics}
         self._means[stage].update(metrics)
+
+    def names_of(self, stage: str) -> tuple[str, ...]:
+        """All names that ``LossOutput.metrics`` may have in a stage, the same on every rank."""
+        return ("loss", *self.metric_names, *(f"loss_{name}" for name in self.source_names(stage)))
 
     def source_names(self, stage: str) -> tuple[str, ...]:
         """Names of the data sources of a stage, for the metrics by source; one source needs none."""

@@ -8,16 +8,13 @@ from torch import Tensor
 from ptl.data.groups import RankingView
 from ptl.functional.preference import by_prompt, pair_loss
 from ptl.functional.ranking_measures import pair_metrics
-from ptl.models.adapters import adapter_disabled
-from ptl.models.heads import chosen, hidden_states
-from ptl.models.logprobs import TokenLogprobs, side_logprobs
-from ptl.models.modes import evaluating
+from ptl.models.logprobs import answer_logprobs
 from ptl.models.optimizer import Optimizer, Schedule
 from ptl.models.spec import ModelSpec
 from ptl.models.teachers import Teacher
 from ptl.objectives.base import Objective
-from ptl.objectives.live_teacher import LiveTeacher
 from ptl.objectives.metrics import batch_sums
+from ptl.objectives.reference import Reference
 from ptl.types import GroupBatch, LossOutput
 
 
@@ -62,44 +59,28 @@ class DPO(Objective):
             raise ValueError(f"model.beta must be above 0, got {beta}")
         if not 0 <= label_smoothing < 0.5:
             raise ValueError(f"model.label_smoothing must be at least 0 and below 0.5, got {label_smoothing}")
-        if reference is None and policy.adapter is None:
-            reference = Teacher(model=policy)
-        if reference is not None and reference.cache is not None:
-            raise ValueError("model.reference.cache holds distributions; a reference is a model: set reference.model")
         self.beta, self.label_smoothing = beta, label_smoothing
         self.view = RankingView(share_prompt=share_prompt)
-        self._reference_spec = reference
-        self._reference: LiveTeacher | None = None
+        self._reference = Reference(policy, reference)
 
     # ---- building ----
 
     def configure_model(self) -> None:
         super().configure_model()
-        if self._reference_spec is not None and self._reference is None:
-            self._reference = LiveTeacher(self._reference_spec, beside=self.policy)
+        self._reference.build(self.policy)
 
     def teardown(self, stage: str) -> None:
-        if self._reference is not None and self._reference_spec and self._reference_spec.placement == "sharded":
-            self._reference.close()
-            self._reference = None  # its shards go with the process group; the next loop makes another
+        self._reference.close()
 
     # ---- the loss ----
 
     def logprobs(self, batch: GroupBatch) -> Tensor:
         """Log-probability of each answer under the policy, float32 [D]: a sum over its trained tokens."""
-        hidden = hidden_states(self.policy, batch.tokens, parents=batch.parents)
-        return _summed(TokenLogprobs(self.policy)(chosen(hidden, batch.predicted_from), batch.targets), batch)
+        return _summed(answer_logprobs(self.policy, batch), batch)
 
-    @torch.no_grad()
     def reference_logprobs(self, batch: GroupBatch) -> Tensor:
         """The same under the reference."""
-        if self._reference is None:
-            with evaluating(self.policy), adapter_disabled(self.policy):
-                return self.logprobs(batch)
-        self._reference.place(self.device)
-        states, _ = self._reference.states(batch.tokens, batch.predicted_from, parents=batch.parents)
-        with self._reference.side(states) as side:
-            return _summed(side_logprobs(side, batch.targets), batch)
+        return _summed(self._reference.logprobs(self.policy, batch), batch)
 
     def loss(self, batch: GroupBatch) -> LossOutput:
         reference = self.reference_logprobs(batch)

@@ -18,8 +18,8 @@ class Sampled(NamedTuple):
 
     Attributes:
         ids: with the one that ended it, where one came within the limit.
-        logprobs: of each id, by ``log_softmax(z)`` over the ids that may be written: at temperature 1 and before top-p,
-            whatever it was drawn with, so that a plain forward pass gives the same numbers.
+        logprobs: of each id, by ``log_softmax(z / scored_at)`` over the ids that may be written, before top-p, so that
+            a plain forward pass gives the same numbers.
     """
 
     ids: list[int]
@@ -53,7 +53,7 @@ def generate(
         seed: of the draws.
     """
     how = {"stop": stop, "limits": limits, "vocab": vocab, "temperature": temperature, "seed": seed}
-    return _write(model, prompts, numbers, **how, top_p=1.0, samples=1, scored=False)[0]
+    return _write(model, prompts, numbers, **how, top_p=1.0, samples=1, scored_at=None)[0]
 
 
 def sample(
@@ -68,6 +68,7 @@ def sample(
     temperature: float,
     top_p: float,
     seed: int,
+    scored_at: float = 1.0,
 ) -> list[list[Sampled]]:
     """Several answers to each prompt, with their log-probabilities; a prompt is read once, whatever their number.
 
@@ -79,12 +80,13 @@ def sample(
         samples: answers to each prompt, K.
         temperature: of ``softmax(z / T)``, which is drawn from; 0 takes the likeliest id.
         top_p: in (0, 1]: draws come from the likeliest ids alone, as few as together have this probability.
+        scored_at: temperature of the log-probabilities, above 0.
 
     Returns:
         K answers for each prompt.
     """
     how = {"stop": stop, "limits": limits, "vocab": vocab, "temperature": temperature, "top_p": top_p, "seed": seed}
-    written, logprobs = _write(model, prompts, numbers, **how, samples=samples, scored=True)
+    written, logprobs = _write(model, prompts, numbers, **how, samples=samples, scored_at=scored_at)
     answers = [Sampled(*pair) for pair in zip(written, logprobs)]
     return [answers[begin : begin + samples] for begin in range(0, len(answers), samples)]
 
@@ -102,14 +104,14 @@ def _write(
     top_p: float,
     seed: int,
     samples: int,
-    scored: bool,
+    scored_at: float | None,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Ids and, where they are ``scored``, log-probabilities of ``samples`` answers to each prompt, in this order."""
+    """Ids and, with ``scored_at``, log-probabilities of ``samples`` answers to each prompt, in this order."""
     if not prompts:
         return [], []
     lm: Any = causal_lm(model)
     device = lm.get_input_embeddings().weight.device
-    ids, mask = _padded(prompts, stop[0] if stop else 0, device)
+    ids, mask = _padded(prompts, device)
     u = None
     if temperature:
         named = [(number, place) for number in numbers for place in range(samples)]
@@ -136,8 +138,9 @@ def _write(
         chosen = _choose(logits, temperature, top_p, None if u is None else u[alive, step])
         for row, token in zip(alive, chosen.tolist()):
             written[row].append(token)
-        if scored:
-            for row, value in zip(alive, torch.log_softmax(logits, -1).gather(-1, chosen[:, None])[:, 0].tolist()):
+        if scored_at is not None:
+            scores = logits if scored_at == 1 else logits / scored_at
+            for row, value in zip(alive, torch.log_softmax(scores, -1).gather(-1, chosen[:, None])[:, 0].tolist()):
                 logprobs[row].append(value)
         left = [i for i, row in enumerate(alive) if written[row][-1] not in stop and step + 1 < limits[row // samples]]
         if not left:
@@ -155,10 +158,10 @@ def _write(
     return written, logprobs
 
 
-def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask, int64 [B, T], of prompts that are padded on the left."""
+def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask, int64 [B, T], of prompts that are padded on the left with id 0, which every model has."""
     longest = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     return ids, mask
 

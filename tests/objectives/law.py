@@ -107,11 +107,14 @@ def trained(
     seed: int = 7,
     make: Callable[..., Any] | None = None,
     at_end: Callable[[Any], None] | None = None,
+    callbacks: list[Any] | None = None,
+    steps: int = STEPS,
     **options: Any,
 ) -> np.ndarray:
     """The trainable weights after an epoch, flat in order of their names; empty on other ranks than the first.
 
-    ``make`` builds the objective and its data in place of ``build``; ``at_end`` is given the trained objective.
+    ``make`` builds the objective and its data in place of ``build``; ``at_end`` is given the trained objective; an
+    epoch has ``steps`` optimizer steps.
     """
     import lightning as L
 
@@ -128,9 +131,9 @@ def trained(
             if at_end is not None:
                 at_end(pl_module)
 
-    trainer = trainer_of(folder, strategy, world_size, accumulate, callbacks=[Keep()])
+    trainer = trainer_of(folder, strategy, world_size, accumulate, callbacks=[Keep(), *(callbacks or [])])
     trainer.fit(objective, datamodule=data)
-    assert trainer.global_step == STEPS, trainer.global_step
+    assert trainer.global_step == steps, trainer.global_step
     return seen[0]
 
 

@@ -117,7 +117,8 @@ def trained(*args: Any, **options: Any) -> np.ndarray:
 
 def frozen(objective: Any) -> None:
     """No reference is in training mode, has a gradient, or is among the objective's parameters."""
-    live = getattr(objective, "_reference", None)
+    held = getattr(objective, "_reference", None)
+    live = held.live if held is not None else None
     if live is None:
         return
     own = {id(p) for p in objective.parameters()}

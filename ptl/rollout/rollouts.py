@@ -1,0 +1,429 @@
+"""From prompts to judged answers: what GRPO and PPO have in common, beside the loss.
+
+A rollout is filled on the first micro-batch that names it, by all ranks together, and serves the steps that it is for.
+What is sampled is a function of the weights, the seed and the prompt's position in the epoch (with an engine that is
+reproducible): not of ranks, accumulation or micro-batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ptl.data.prompts import record_of
+from ptl.data.render import stop_token_ids
+from ptl.functional.advantages import tells_apart
+from ptl.rewards.answers import final_answer
+from ptl.rewards.base import Completion, Failure, Outcome
+from ptl.rewards.panel import RewardPanel
+from ptl.rollout.buffer import Answer, Buffer, Collation, Group
+from ptl.rollout.engine import Asked, Draw, Draws, Engine
+from ptl.rollout.evaluation import Evaluation, measures
+from ptl.types import PromptBatch
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
+    from ptl.data.module import ChatDataModule
+
+PROMPT_END = 64
+"""Tokens of a prompt's end that rewards see as text."""
+Sums = dict[str, tuple[float, float]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """How answers are sampled for training, and for how many steps they serve.
+
+    Attributes:
+        group_size: answers to each prompt.
+        max_new_tokens: most tokens of an answer.
+        temperature: T of ``softmax(z / T)``, which is drawn from and trained, above 0.
+        top_p: 1; see below.
+        minibatches: optimizer steps that the prompts of a rollout are cut into. Above 1, all but the first step train
+            on answers of older weights.
+        epochs: how often a rollout's steps are walked.
+        refill: most times that a prompt is replaced by another one because its answers all have the same reward
+            (dynamic sampling; DAPO, arXiv:2503.14476, section 3.2); 0 trains on what comes.
+        mask_truncated: leave answers out that reached their limit before their end.
+        seed: of the draws.
+        share_prompt: in the packed layout, compute a prompt once for all its answers while training.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    group_size: int = 8
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    minibatches: int = 1
+    epochs: int = 1
+    refill: int = 0
+    mask_truncated: bool = False
+    seed: int = 0
+    share_prompt: bool = True
+
+    def __post_init__(self) -> None:
+        least = {"group_size": 1, "max_new_tokens": 1, "minibatches": 1, "epochs": 1, "refill": 0, "seed": 0}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise ValueError(f"model.rollout.{name} must be {number} or more, got {getattr(self, name)}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"model.rollout.temperature must be above 0, got {self.temperature}")
+        if self.top_p != 1:
+            raise ValueError(
+                f"model.rollout.top_p is {self.top_p}: with less than 1, what is sampled is another distribution than "
+                "what is trained, and no weight makes up for tokens that are never drawn. Leave it at 1; "
+                "model.evaluation.top_p is free"
+            )
+
+
+class Rollouts:
+    """Samples, judges and keeps answers.
+
+    Arguments:
+        settings: how training samples.
+        engine: where answers come from.
+        panel: the rewards.
+
+    Attributes:
+        buffer: of the rollout that is trained on; None before the first.
+        evaluated: the groups of the latest evaluation's last batch.
+    """
+
+    def __init__(self, settings: Rollout, engine: Engine, panel: RewardPanel) -> None:
+        self.settings, self.engine, self.panel = settings, engine, panel
+        self.buffer: Buffer | None = None
+        self.evaluated: list[Group] = []
+        self._restored: list[dict[str, Any]] | None = None
+        self._sums: Sums = {}
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names that ``take_sums`` may hold."""
+        by_reward = [f"{r.name}{of}" for r in self.panel.rewards for of in ("", "_square", "_absent", "_error", "_ms")]
+        return ("reward", *by_reward, *_OWN)
+
+    def collation(self, data: ChatDataModule) -> Collation:
+        """How the buffer's batches are laid out."""
+        pad = data.renderer.tokenizer.pad_token_id
+        return Collation(data.layout, pad if isinstance(pad, int) else 0, self.settings.share_prompt)
+
+    # ---- training ----
+
+    def has(self, batch: PromptBatch) -> bool:
+        """Whether the buffer is the one that a training batch is a part of."""
+        turn = batch.turn
+        return turn is not None and self.buffer is not None and self.buffer.key == (turn.epoch, turn.start)
+
+    def restore(self, batch: PromptBatch) -> bool:
+        """Takes the rollout out of the checkpoint that was loaded, if it is the one that the batch is a part of."""
+        states, turn = self._restored, batch.turn
+        self._restored = None
+        if not states or turn is None or (states[0]["epoch"], states[0]["start"]) != (turn.epoch, turn.start):
+            return False
+        self.buffer = Buffer.restored(states, batch.positions)
+        return True
+
+    def fill(
+        self, policy: nn.Module, batch: PromptBatch, *, data: ChatDataModule, strategy: Strategy, version: int
+    ) -> Buffer:
+        """Samples and judges answers to the prompts of a training batch; all ranks together.
+
+        Raises:
+            RewardError: rewards failed too often.
+            RuntimeError: another rank failed.
+        """
+        turn = batch.turn
+        assert turn is not None
+        groups: list[Group] = []
+        self._sums = {}
+        began = time.perf_counter()
+        with self.engine.session(policy, strategy, version) as draw:
+            agreed(strategy, lambda: groups.extend(self._filled(draw, batch, data, version)))
+        self._add({"rollout_s": (time.perf_counter() - began, 1.0)})
+        buffer = Buffer(turn.epoch, turn.start, turn.count, groups)
+        for group in groups:
+            for answer in group.answers:
+                left_out = not np.isfinite(answer.reward) or (self.settings.mask_truncated and not answer.finished)
+                answer.trained = np.full(len(answer.ids), not left_out)
+        self.buffer = buffer
+        return buffer
+
+    def _filled(self, draw: Draw, batch: PromptBatch, data: ChatDataModule, version: int) -> list[Group]:
+        turn, settings = batch.turn, self.settings
+        assert turn is not None
+        stop = stops(data)
+        done: dict[int, Group] = {}
+        windows = dict(zip(batch.positions.tolist(), turn.windows.tolist()))
+        rows, positions, refilled = batch.rows, batch.positions, 0
+        for round_ in range(settings.refill + 1):
+            if not len(positions):
+                break
+            seed = numbered(settings.seed, turn.epoch, round_)
+            draws = Draws(settings.group_size, settings.temperature, 1.0, stop, seed)
+            limit = settings.max_new_tokens
+            groups = self._answered(draw, "train", rows, positions, draws, limit, data=data, version=version)
+            for group in groups:
+                group.window = windows[group.position]
+            done |= {group.position: group for group in groups}
+            flat = [group for group in groups if not _signal(group)]
+            positions = np.array([group.position for group in flat], np.int64)
+            if round_ < settings.refill and len(positions):
+                rows, refilled = data.substitutes(turn.epoch, positions, round_ + 1), refilled + len(positions)
+        groups = list(done.values())
+        flat = sum(not _signal(group) for group in groups)
+        self._add({"zero_signal": (flat, len(groups)), "refilled": (refilled, len(groups))})
+        return groups
+
+    def take_sums(self) -> Sums:
+        """What there is to log of the latest rollout on this rank, name -> (sum, weight); once."""
+        sums, self._sums = self._sums, {}
+        return sums
+
+    # ---- evaluation ----
+
+    def evaluate(
+        self,
+        policy: nn.Module,
+        batch: PromptBatch,
+        how: Evaluation,
+        *,
+        data: ChatDataModule,
+        strategy: Strategy,
+        version: int,
+    ) -> dict[str, Sums]:
+        """Measures of held-out prompts, by name of the data source; all ranks together."""
+        names = data.source_names("val")
+        by_source: dict[str, Sums] = {}
+        groups: list[Group] = []
+        self._sums = {}
+        with self.engine.session(policy, strategy, version) as draw:
+            draws = Draws(how.samples, how.temperature, how.top_p, stops(data), numbered(how.seed, -1))
+            limit = how.max_new_tokens or self.settings.max_new_tokens
+            rows = batch.rows[batch.real]
+
+            def work() -> None:
+                groups.extend(self._answered(draw, "val", rows, rows, draws, limit, data=data, version=version))
+
+            agreed(strategy, work)
+        solver, self.evaluated = self.solver(how), groups
+        for group in groups:
+            solved = [_solved(answer.outcomes[solver], how.threshold) for answer in group.answers]
+            found = measures(solved, [_said(answer) for answer in group.answers], how.ks)
+            found |= {
+                "length": (float(sum(len(answer.ids) for answer in group.answers)), float(len(group.answers))),
+                "finished": (float(sum(answer.finished for answer in group.answers)), float(len(group.answers))),
+            }
+            rewards = [answer.reward for answer in group.answers if np.isfinite(answer.reward)]
+            found["reward"] = (float(sum(rewards)), float(len(rewards)))
+            _merge(by_source.setdefault(names[group.source], {}), found)
+        return by_source
+
+    def solver(self, how: Evaluation) -> str:
+        """The name of the reward that says whether an answer is right.
+
+        Raises:
+            ValueError: there is no reward of that name.
+        """
+        known = [reward.name for reward in self.panel.rewards]
+        if how.solved_by is None:
+            return max(self.panel.rewards, key=lambda reward: reward.weight).name
+        if how.solved_by not in known:
+            raise ValueError(f"model.evaluation.solved_by is {how.solved_by!r}; the rewards are {', '.join(known)}")
+        return how.solved_by
+
+    # ---- both ----
+
+    def _answered(
+        self,
+        draw: Draw,
+        part: str,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        draws: Draws,
+        most: int,
+        *,
+        data: ChatDataModule,
+        version: int,
+    ) -> list[Group]:
+        """Groups with their rewards, in the order of the rows."""
+        examples = data.rows(part, rows.tolist()) if len(rows) else []
+        asked = [
+            Asked(example["ids"].tolist(), position, min(most, data.max_length - len(example["ids"])))
+            for example, position in zip(examples, positions.tolist())
+        ]
+        began = time.perf_counter()
+        drawn = draw(asked, draws) if asked else []
+        self._add({"generate_s": (time.perf_counter() - began, 1.0)})
+        groups = []
+        for example, position, answers in zip(examples, positions.tolist(), drawn):
+            prompt = np.asarray(example["ids"], np.int32)
+            record, end = record_of(example["prompt"]), data.renderer.tokenizer.decode(prompt[-PROMPT_END:].tolist())
+            kept = [_answer(sampled, draws.stop, version) for sampled in answers]
+            for answer in kept:
+                ids = answer.ids.tolist()
+                text = str(data.renderer.tokenizer.decode(ids[: len(ids) - answer.finished]))
+                answer.said = Completion(
+                    prompt=record, prompt_text=str(end), text=text, ids=ids, finished=answer.finished
+                )
+            groups.append(Group(position, 0, example["row"], int(example["source"]), prompt, kept))
+        flat = [answer for group in groups for answer in group.answers]
+        began = time.perf_counter()
+        judged = self.panel.score([answer.said for answer in flat if answer.said is not None])
+        self._add({"reward_s": (time.perf_counter() - began, 1.0), **judged.metrics})
+        for place, (answer, total) in enumerate(zip(flat, judged.totals)):
+            answer.reward = total
+            answer.outcomes = {name: outcomes[place] for name, outcomes in judged.outcomes.items()}
+        self._add(
+            {
+                "length": (float(sum(len(answer.ids) for answer in flat)), float(len(flat))),
+                "finished": (float(sum(answer.finished for answer in flat)), float(len(flat))),
+            }
+        )
+        return groups
+
+    def _add(self, sums: Sums) -> None:
+        _merge(self._sums, sums)
+
+    # ---- checkpoints ----
+
+    def state(self, unfinished: bool) -> list[dict[str, Any]]:
+        """The buffers of all ranks, the same on each, where their rollout is ``unfinished``; collective then."""
+        if not unfinished or self.buffer is None:
+            return []
+        own = self.buffer.state()
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return [own]
+        states: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(states, own)
+        return states
+
+    def load(self, states: list[dict[str, Any]]) -> None:
+        """Keeps what a checkpoint holds until the first batch asks for it."""
+        self._restored, self.buffer = states, None
+
+    def close(self) -> None:
+        """Ends the engine and the rewards."""
+        self.engine.close()
+        self.panel.close()
+
+
+_OWN = ("length", "finished", "zero_signal", "refilled", "generate_s", "reward_s", "rollout_s")
+
+
+def stops(data: ChatDataModule) -> tuple[int, ...]:
+    """Ids that end an answer.
+
+    Raises:
+        ValueError: none does.
+    """
+    found = tuple(stop_token_ids(data.renderer))
+    if not found:
+        raise ValueError(
+            "no token ends an answer: the chat template prints no end of turn and the tokenizer has no EOS, so every "
+            "answer would run to its limit. Set data.template to a template that ends turns (chatml), or give the "
+            "tokenizer an eos_token"
+        )
+    return found
+
+
+def agreed(strategy: Strategy, work: Callable[[], T]) -> T:
+    """Does work that may fail on one rank, such that then all ranks stop, and none waits for it without end.
+
+    Raises:
+        RuntimeError: another rank failed.
+    """
+    error: Exception | None = None
+    out: Any = None
+    try:
+        out = work()
+    except Exception as raised:
+        error = raised
+    failed = strategy.reduce(torch.tensor(float(error is not None), device=strategy.root_device), reduce_op="sum")
+    if error is not None:
+        raise error
+    if float(failed) > 0:
+        raise RuntimeError("another rank failed while it sampled answers; its own message says why")
+    return out
+
+
+def added(strategy: Strategy, values: Tensor, how: str = "sum") -> Tensor:
+    """Values of all ranks added up, or with ``max`` the largest, on the CPU."""
+    return strategy.reduce(values.clone().to(strategy.root_device), reduce_op=how).cpu()  # pyright: ignore
+
+
+def numbered(*numbers: int) -> int:
+    """A seed in [0, 2**63), a function of the numbers alone."""
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def _answer(sampled: Any, stop: Sequence[int], version: int) -> Answer:
+    ids = np.asarray(sampled.ids, np.int32)
+    logprobs = np.asarray(sampled.logprobs, np.float32)
+    known = {"behaviour": logprobs} if len(logprobs) == len(ids) else {}
+    return Answer(ids, np.ones(len(ids), bool), bool(len(ids)) and int(ids[-1]) in stop, version, tokens=known)
+
+
+def _signal(group: Group) -> bool:
+    """Whether two answers have rewards that differ."""
+    return bool(tells_apart(group.rewards(), torch.zeros(len(group.answers), dtype=torch.int64)).any())
+
+
+def _solved(outcome: Outcome, threshold: float) -> bool | None:
+    return outcome >= threshold if isinstance(outcome, float) else None
+
+
+def _merge(into: Sums, more: Sums) -> None:
+    for name, (total, weight) in more.items():
+        had = into.get(name, (0.0, 0.0))
+        into[name] = (had[0] + total, had[1] + weight)
+
+
+def _said(answer: Answer) -> str | None:
+    """The final answer, such that equal ones are equal."""
+    found = final_answer(answer.said) if answer.said is not None else None
+    return " ".join(found.text.lower().split()) if found is not None else None
+
+
+def table(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Answers for a reader's eye, a row each: what was asked and said, every reward, the advantage, and the status.
+
+    ``status`` is ``ok``; ``truncated``; or ``error`` where a reward failed, which says why.
+    """
+    rows = []
+    for group in groups:
+        for answer in group.answers:
+            if answer.said is None:
+                continue
+            failed = any(isinstance(outcome, Failure) for outcome in answer.outcomes.values())
+            advantage = answer.tokens.get("advantages")
+            rows.append(
+                {
+                    "origin": str(answer.said.prompt.origin),
+                    "prompt": answer.said.prompt.messages[-1].content,
+                    "completion": answer.said.text,
+                    "expected": answer.said.prompt.answer,
+                    "rewards": {name: _shown(outcome) for name, outcome in answer.outcomes.items()},
+                    "reward": answer.reward if np.isfinite(answer.reward) else None,
+                    "advantage": None if advantage is None else float(np.nanmean(advantage)),
+                    "status": "error" if failed else "ok" if answer.finished else "truncated",
+                    "tokens": len(answer.ids),
+                    "version": answer.version,
+                }
+            )
+    return rows
+
+
+def _shown(outcome: Outcome) -> float | str | None:
+    return f"{outcome.reason}: {outcome.detail}" if isinstance(outcome, Failure) else outcome
