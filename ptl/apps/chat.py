@@ -138,9 +138,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _chat(options: argparse.Namespace) -> int:
     check_sampling(options.temperature, options.top_p, options.max_new_tokens)
-    from ptl.apps.runs import load_model, quiet_libraries, resolve_model
+    from ptl.apps.runs import load_model, quiet_libraries
     from ptl.data.render import Renderer
     from ptl.data.tokenizer import load_tokenizer
+    from ptl.models.names import resolve_model
 
     quiet_libraries()
     found = resolve_model(options.model)

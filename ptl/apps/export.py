@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from ptl.apps.runs import Found
+    from ptl.models.names import Found
 
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -53,8 +53,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ptl.apps.reward_models import is_reward_model
-    from ptl.apps.runs import quiet_libraries, resolve_model
+    from ptl.apps.runs import quiet_libraries
+    from ptl.data.reward_models import is_reward_model
+    from ptl.models.names import resolve_model
 
     _check_target(Path(options.out), options.overwrite)
     quiet_libraries()
@@ -83,8 +84,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _load(found: Found, reward: bool, *, quantized: bool = True) -> nn.Module:
-    from ptl.apps.reward_models import load_reward_model
     from ptl.apps.runs import load_model
+    from ptl.data.reward_models import load_reward_model
     from ptl.models.quantize import is_quantized, keep_codes_in_place
 
     if reward:
@@ -96,11 +97,11 @@ def _load(found: Found, reward: bool, *, quantized: bool = True) -> nn.Module:
 
 
 def _write(options: argparse.Namespace, found: Found, reward: bool, live: nn.Module) -> Path:
-    from ptl.apps.runs import base_spec
     from ptl.data.render import Renderer
     from ptl.data.reward_facts import FILE, read_reward_facts
     from ptl.data.tokenizer import load_tokenizer
     from ptl.models.export import export
+    from ptl.models.names import base_spec
     from ptl.models.quantized_export import export_quantized
 
     tokenizer = load_tokenizer(found.name)
@@ -136,7 +137,7 @@ def _change(found: Found, live: nn.Module, written: nn.Module, reward: bool) -> 
 
 def _rows(file: str, found: Found) -> tuple[Any, Any]:
     """The rankings, and the renderer of the model, before anything is written."""
-    from ptl.apps.reward_models import reward_renderer
+    from ptl.data.reward_models import reward_renderer
     from ptl.data.scored_rankings import read_rankings
 
     return read_rankings(file), reward_renderer(found.name)[0]
@@ -179,7 +180,7 @@ def agreement(rows: Any, renderer: Any, before: nn.Module, after: nn.Module) -> 
     import numpy as np
     import torch
 
-    from ptl.apps.reward_models import longest
+    from ptl.data.reward_models import longest
     from ptl.data.scored_rankings import all_pairs, measure, render_rankings, score_examples
     from ptl.functional.score_agreement import score_agreement
 

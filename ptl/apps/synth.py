@@ -237,12 +237,13 @@ def _answers(args: argparse.Namespace, module: ChatDataModule, spec: ModelSpec) 
 
 def student(args: argparse.Namespace) -> int:
     """Writes a student as a plain Hugging Face folder, ready to be a run's ``policy.name``."""
-    from ptl.apps.runs import base_spec, quiet_libraries, resolve_model
+    from ptl.apps.runs import quiet_libraries
     from ptl.data.render import Renderer
     from ptl.data.tokenizer import load_tokenizer
     from ptl.models.build import load_base
     from ptl.models.export import export
     from ptl.models.importance import choose_layers, layer_importance
+    from ptl.models.names import base_spec, resolve_model
     from ptl.models.spec import Shrink
     from ptl.models.students import kept_layers, make_student
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptl.apps.runs import Found
+    from ptl.models.names import Found
     from ptl.synth.candidates import Written
 
 
@@ -56,12 +56,13 @@ def candidates(args: argparse.Namespace, rank: int, world_size: int) -> int:
     sampling = Sampling(model="", renderer="", **{name: getattr(args, name) for name in options})
     sources = sources_of(args)
 
-    from ptl.apps.runs import base_spec, load_model, quiet_libraries, resolve_model
+    from ptl.apps.runs import load_model, quiet_libraries
     from ptl.data.files import resolve
     from ptl.data.readers import first_rows
     from ptl.data.render import Renderer
     from ptl.data.sources import detect_format
     from ptl.data.tokenizer import load_tokenizer
+    from ptl.models.names import base_spec, resolve_model
     from ptl.synth.progress import Progress
 
     formats = [

@@ -21,8 +21,8 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
 TOO_LONG = ("too_long", "nothing_left")
 """Rows longer than max_length that were dropped, or of which the cut left nothing to train."""
-LEFT_OUT = ("not_ranked", "superseded")
-"""Rows of rankings that say themselves that nobody is to learn from them."""
+LEFT_OUT = ("not_ranked", "superseded", "pass_rate")
+"""Rows that are left out for what they say themselves, before they are rendered."""
 DUPLICATE = "duplicate"
 FULLY_MASKED = "fully_masked"
 
@@ -75,7 +75,7 @@ class SourceAudit:
         kept: rows with at least one document in the prepared data.
         refused: reason -> rows that could not be read or rendered.
         dropped: reason -> rows left out by choice: ``too_long``, ``nothing_left`` (of the cut), ``duplicate``,
-            ``fully_masked``, ``not_ranked`` and ``superseded`` (rankings that nobody is to learn from).
+            ``fully_masked``, ``not_ranked`` and ``superseded`` (rankings that nobody is to learn from), ``pass_rate``.
         beyond_limit: rows after ``Source.limit``, not among ``rows``; an estimate in huge text files, see
             ``beyond_limit_estimated``.
         documents: documents in the prepared data; a row may make several.

@@ -2,7 +2,7 @@
 
 Data by content (size and digests, ``files.file_identity``), the source's options, tokenizer, template and policy
 (``Renderer.fingerprint``), the view, the length limit, and the code: the source text of every module of ``ptl.data``
-but those listed in ``AFTER``.
+but those listed in ``AFTER``, and of those in ``BESIDE``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ AFTER = (
     *("turns.py", "units.py", "workers.py"),
 )
 """Modules that show, order or wait for what is prepared, and do not change it."""
+BESIDE = ("rewards/code.py", "rewards/sandbox/asserts.py", "rewards/sandbox/names.py")
+"""Modules outside of this folder that change what a prompt says (``records._naming_the_function``)."""
 LIBRARIES = ("tokenizers", "transformers")
 
 
@@ -69,6 +71,7 @@ def _source(source: Source, files: Files) -> dict[str, Any]:
         "columns": source.columns,
         "roles": source.roles,
         "limit": source.limit,
+        "pass_rate": source.pass_rate,
         "files": [file.identity() for file in files],
     }
 
@@ -76,6 +79,7 @@ def _source(source: Source, files: Files) -> dict[str, Any]:
 def code_version(view: View, folder: Path = Path(__file__).parent) -> str:
     """Hash of the modules that make tokens, and of the view's own where it lies elsewhere."""
     modules = {path for path in folder.glob("*.py") if path.name not in AFTER}
+    modules |= {Path(__file__).parent.parent / name for name in BESIDE}
     modules |= {
         Path(inspect.getfile(kind)) for kind in type(view).__mro__ if kind.__module__ not in ("abc", "builtins")
     }

@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ptl.data.gym import SCHEME, GymData, gym_data
 from ptl.data.sources import Source
 
 if TYPE_CHECKING:
@@ -137,7 +138,10 @@ class HubData:
         return [self.shown, self.dataset.num_rows, self.dataset.column_names, files]
 
 
-Files = Sequence[DataFile | HubData]
+AnyFile = DataFile | HubData | GymData
+"""Where rows are."""
+
+Files = Sequence[AnyFile]
 """The files of one source, in the order in which they are read."""
 
 
@@ -160,7 +164,7 @@ def file_identity(path: Path) -> list[Any]:
     return [stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
 
 
-def resolve(source: Source) -> list[DataFile | HubData]:
+def resolve(source: Source) -> list[AnyFile]:
     """The files of a source, in the order in which they are read.
 
     Raises:
@@ -169,9 +173,11 @@ def resolve(source: Source) -> list[DataFile | HubData]:
     path = source.path
     local = Path(path).expanduser()
     if path.startswith("zip://"):
-        files: list[DataFile | HubData] = [_in_zip(path)]
+        files: list[AnyFile] = [_in_zip(path)]
+    elif path.startswith(SCHEME):
+        files = [gym_data(path)]
     elif "://" in path:
-        raise ValueError(f"source {path}: only zip://inner::outer.zip is read among URLs; download the file first")
+        raise ValueError(f"source {path}: only zip://inner::outer.zip and gym://NAME are read among URLs; download it")
     elif local.is_dir():
         files = list(_in_folder(local, path))
     elif local.is_file():

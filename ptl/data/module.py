@@ -16,6 +16,7 @@ import numpy as np
 
 from ptl.data.audit import Audit, Thresholds
 from ptl.data.batches import Layout
+from ptl.data.gym import check_apart
 from ptl.data.loader import (
     AsPlanned,
     Loader,
@@ -132,6 +133,7 @@ class ChatDataModule(L.LightningDataModule):
             )
         if self.pack_to is not None and self.layout == "padded":
             raise ValueError("data.pack_to needs data.layout packed: a padded batch has one document a row")
+        check_apart(self.train_sources, self.val_sources)
 
     def bind(self, *, view: View, tokenizer: str | None) -> None:
         """Tells the module what the objective eats, and the tokenizer to use where the user named none."""

@@ -2,8 +2,8 @@
 
 A ``Block`` is a small picklable job of at most ``ROWS`` rows. The process that plans walks each file once, at line
 ends, and hands out byte ranges of plain JSONL files, so that many processes share one file; of compressed files it
-hands out the lines themselves, of tables an Arrow batch, of CSV and JSON arrays the parsed rows. ``Block.rows`` yields
-``(line, row)`` with a ``BadRow`` in place of a row that cannot be read.
+hands out the lines themselves, of tables an Arrow batch, of CSV and JSON arrays the parsed rows, of generated data the
+indices. ``Block.rows`` yields ``(line, row)`` with a ``BadRow`` in place of a row that cannot be read.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
-from ptl.data.files import DataFile, Files, HubData, UnreadableFile, resolve
+from ptl.data.files import AnyFile, DataFile, Files, HubData, UnreadableFile, resolve
+from ptl.data.gym import GymData, GymRange
 from ptl.data.parsers import csv_rows, json_array_rows, table_rows
 from ptl.data.sources import BadRow, Source
 
@@ -51,7 +53,7 @@ class Block:
 
     Attributes:
         file: the file as shown to the user.
-        first: 1-based line (text) or row (table, JSON array) of the first row.
+        first: 1-based line (text) or row (table, JSON array, generated data) of the first row.
         count: rows inside, blank lines not counted.
         nbytes: bytes of the file that the block covers, for progress.
         payload: where the rows are.
@@ -61,12 +63,14 @@ class Block:
     first: int
     count: int
     nbytes: int
-    payload: ByteRange | bytes | pa.RecordBatch | list[tuple[int, Row]]
+    payload: ByteRange | bytes | pa.RecordBatch | list[tuple[int, Row]] | GymRange
 
     def rows(self) -> Iterator[tuple[int, Row]]:
         """``(line, row or BadRow)``, in order."""
         if isinstance(self.payload, list):
             yield from self.payload
+        elif isinstance(self.payload, GymRange):
+            yield from self.payload.rows()
         elif isinstance(self.payload, pa.RecordBatch):
             yield from enumerate(table_rows(self.payload), self.first)
         else:
@@ -124,11 +128,13 @@ def blocks(source: Source, beyond: Beyond | None = None, files: Files | None = N
             yield block
 
 
-def file_blocks(file: DataFile | HubData, limit: int | None = None, beyond: Beyond | None = None) -> Iterator[Block]:
+def file_blocks(file: AnyFile, limit: int | None = None, beyond: Beyond | None = None) -> Iterator[Block]:
     """The first ``limit`` rows of one file, as blocks. The rows after them are counted in ``beyond``."""
     beyond = beyond if beyond is not None else Beyond()
     try:
-        if isinstance(file, HubData) or file.kind == "parquet":
+        if isinstance(file, GymData):
+            yield from _gym_blocks(file, limit, beyond)
+        elif isinstance(file, HubData) or file.kind == "parquet":
             yield from _table_blocks(file, limit, beyond)
         elif file.kind == "jsonl":
             yield from _line_blocks(file, limit, beyond)
@@ -152,6 +158,14 @@ def _table_blocks(file: DataFile | HubData, limit: int | None, beyond: Beyond) -
         done += batch.num_rows
         if done >= wanted:
             return
+
+
+def _gym_blocks(file: GymData, limit: int | None, beyond: Beyond) -> Iterator[Block]:
+    total = file.num_rows()
+    wanted = total if limit is None else min(limit, total)
+    beyond.rows += total - wanted
+    for part in file.parts(wanted):
+        yield Block(file.shown, part.start + 1, part.count, part.nbytes, part)
 
 
 def _line_blocks(file: DataFile, limit: int | None, beyond: Beyond) -> Iterator[Block]:
@@ -210,9 +224,5 @@ def _row_blocks(file: DataFile, limit: int | None, beyond: Beyond) -> Iterator[B
 
 def first_rows(source: Source, count: int = 32, files: Files | None = None) -> list[Mapping[str, Any]]:
     """The first readable rows of a source, for telling its format."""
-    rows: list[Mapping[str, Any]] = []
-    for block in blocks(source, files=files):
-        rows += [row for _, row in block.rows() if not isinstance(row, BadRow)]
-        if len(rows) >= count:
-            break
-    return rows[:count]
+    rows = (row for block in blocks(source, files=files) for _, row in block.rows() if not isinstance(row, BadRow))
+    return list(islice(rows, count))

@@ -5,6 +5,8 @@ A row is a dict as a reader gives it. ``parse_row`` is pure: same row, same reco
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,12 +14,14 @@ from typing import Any
 from ptl.data.fields import required, said, system_turn, turns_of
 from ptl.data.messages import checked_text, kind, parse_content, parse_messages, parse_tools
 from ptl.data.rankings import parse_ranking
-from ptl.data.sources import BadRow, Source, renamed
+from ptl.data.sources import BadRow, LeftOut, Source, renamed
+from ptl.rewards.code import unit_tests_of
+from ptl.rewards.sandbox.asserts import WRAPPERS, ConversionError
 from ptl.types import Conversation, Message, Origin, Prompt, Record
 
 TEST_KEYS = ("tests", "test_list", "test")
 ANSWER_KEYS = ("answer", "ground_truth")
-QUESTION_KEYS = ("prompt", "question", "messages")
+QUESTION_KEYS = ("prompt", "question", "problem", "messages", "text")
 
 
 def parse_row(row: Mapping[str, Any], row_format: str, source: Source, origin: Origin) -> Record:
@@ -26,13 +30,41 @@ def parse_row(row: Mapping[str, Any], row_format: str, source: Source, origin: O
     Args:
         row: the row.
         row_format: one of ``sources.FORMATS``.
-        source: for its ``columns`` and ``roles``.
+        source: for its ``columns``, ``roles`` and ``pass_rate``.
         origin: file and line.
 
     Raises:
         BadRow: the row cannot be read as this format.
+        LeftOut: its ``pass_rate`` is not one that the source wants.
     """
-    return PARSERS[row_format](renamed(row, source.columns), source, origin)
+    row = renamed(row, source.columns)
+    if source.pass_rate is not None:
+        _check_pass_rate(row, source, *source.pass_rate)
+    return PARSERS[row_format](row, source, origin)
+
+
+def row_of(prompt: Prompt) -> dict[str, Any]:
+    """A row that format ``prompt`` reads as this prompt, whatever row it came from."""
+    row = {**prompt.meta, "prompt": [message.as_dict() for message in prompt.messages]}
+    if prompt.answer is not None:
+        row["answer"] = prompt.answer
+    if prompt.tests:
+        row["tests"] = list(prompt.tests)
+    if prompt.tools:
+        row["tools"] = [dict(tool) for tool in prompt.tools]
+    return row
+
+
+def _check_pass_rate(row: Mapping[str, Any], source: Source, low: float, high: float) -> None:
+    value = required(row, "pass_rate", source)
+    try:
+        rate = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        rate = float("nan")
+    if not 0.0 <= rate <= 1.0:
+        raise BadRow("wrong_type", f"pass_rate is {kind(value)}; expected a number from 0 to 1")
+    if not low <= rate <= high:
+        raise LeftOut("pass_rate", f"pass_rate is {rate:g}, outside of {low:g} to {high:g}")
 
 
 def _messages(row: Mapping[str, Any], source: Source, origin: Origin) -> Conversation:
@@ -97,10 +129,10 @@ def _prompt(row: Mapping[str, Any], source: Source, origin: Origin) -> Prompt:
     answer = None
     if answer_key is not None:
         answer = _answer(row[answer_key], answer_key)
-        if key == "question" and "####" in answer:
+        if key == "question" and "####" in answer and "gym" not in row:
             meta["solution"] = answer
             answer = answer.rsplit("####", 1)[1].strip()
-    return Prompt(
+    prompt = Prompt(
         messages=system_turn(row, turns) + turns,
         answer=answer,
         tests=() if test_key is None else _tests(row[test_key], test_key),
@@ -108,6 +140,29 @@ def _prompt(row: Mapping[str, Any], source: Source, origin: Origin) -> Prompt:
         tools=parse_tools(row.get("tools")),
         origin=origin,
     )
+    return _naming_the_function(prompt) if prompt.tests else prompt
+
+
+def _naming_the_function(prompt: Prompt) -> Prompt:
+    """The prompt with a call of the function under test, where nothing in it names the function, as in MBPP.
+
+    Only what the program is asked is shown, never what is expected. Without a name no answer could pass.
+    """
+    try:
+        checks = unit_tests_of(prompt).checks
+    except (ConversionError, TypeError):  # for the reward to tell, which counts it
+        return prompt
+    calls = [part for check in checks[:1] for asked in check.calls[:1] for part in ast.walk(ast.parse(asked))]
+    for call in calls:
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id not in WRAPPERS:
+            name, last = call.func.id, prompt.messages[-1]
+            word = rf"\b{name}\b"
+            named = word if "_" in name else rf"{word}\s*\(|[`'\"]{word}"
+            if any(re.search(named, message.content) for message in prompt.messages):
+                return prompt
+            told = f"{last.content.rstrip()}\n\nYour program is called like this: `{ast.unparse(call)}`"
+            return replace(prompt, messages=(*prompt.messages[:-1], replace(last, content=told)))
+    return prompt
 
 
 def _answer(value: Any, at: str) -> str:

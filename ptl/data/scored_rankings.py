@@ -145,6 +145,25 @@ def score_examples(
     batch_tokens: int,
     progress: Progress = lambda count: None,
 ) -> Scores:
+    """``computed_scores``, all of them finite.
+
+    Raises:
+        ValueError: a score that is not finite.
+    """
+    scores = computed_scores(model, examples, batch_tokens=batch_tokens, progress=progress)
+    bad = next((i for i, own in enumerate(scores) if not np.isfinite(own).all()), None)
+    if bad is not None:
+        raise ValueError(f"the scores of prompt {bad + 1} are not finite: {scores[bad].tolist()}")
+    return scores
+
+
+def computed_scores(
+    model: nn.Module,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    batch_tokens: int,
+    progress: Progress = lambda count: None,
+) -> Scores:
     """The scores of each prompt's answers, float32 [K], in the order of ``examples``.
 
     Answers of a prompt share its tokens, prompts share a batch, nothing is padded; a model that cannot keep packed
@@ -155,9 +174,6 @@ def score_examples(
         examples: of ``RankingView``.
         batch_tokens: most tokens of a forward pass; one prompt alone may have more.
         progress: told how many prompts more are done.
-
-    Raises:
-        ValueError: a score that is not finite.
     """
     device = next(model.parameters()).device
     scores: Scores = [np.zeros(0, np.float32)] * len(examples)
@@ -177,9 +193,6 @@ def score_examples(
         for i, own in zip(chosen, np.split(found, np.cumsum(counts)[:-1])):
             scores[i] = own
         progress(len(chosen))
-    bad = next((i for i, own in enumerate(scores) if not np.isfinite(own).all()), None)
-    if bad is not None:
-        raise ValueError(f"the scores of prompt {bad + 1} are not finite: {scores[bad].tolist()}")
     return scores
 
 

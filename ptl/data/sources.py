@@ -32,7 +32,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
         *("chosen", "rejected", "margin", "score_chosen", "score_rejected"),
         *("annotator", "status", "tools", "system"),
     ),
-    "prompt": ("prompt", "answer", "tests", "tools", "system"),
+    "prompt": ("prompt", "answer", "tests", "tools", "system", "pass_rate"),
 }
 """The fields each format reads; what ``Source.columns`` may rename."""
 
@@ -59,6 +59,8 @@ REASONS: Mapping[str, str] = {
     "not_ranked": "a person skipped or flagged the row instead of ranking it; it is left out",
     "superseded": "the same person ranked the answers anew later; the row is left out",
     "no_question": "a prompt ends with an assistant turn, or has no turn",
+    "pass_rate": "the row's pass_rate lies outside of the source's; the row is left out",
+    "not_made": "reasoning-gym failed to make the row",
 }
 """Stable names of why a row is refused or left out. The renderer adds its own (``RenderError.reason``)."""
 
@@ -90,8 +92,9 @@ class Source:
 
     Attributes:
         path: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, any of these with ``.gz``; a folder of
-            such files (all levels, in order of their paths); ``zip://inner/path::outer.zip``; or a hub name
-            ``owner/name``, with ``owner/name:config`` for a configuration.
+            such files (all levels, in order of their paths); ``zip://inner/path::outer.zip``; a hub name
+            ``owner/name``, with ``owner/name:config`` for a configuration; or ``gym://NAME?size=2000&seed=0``, rows
+            that reasoning-gym makes, with the parameters of its data set.
         format: what a row looks like; ``auto`` tells it from the first rows.
         name: label in the audit and in metrics; the path where absent.
         weight: share of this source in a mixture, relative to the other sources; > 0. Does not change the tokens.
@@ -99,6 +102,8 @@ class Source:
         columns: ``{field of the format: column of the data}``, for data that names its columns otherwise.
         roles: ``{role in the data: one of ptl.types.ROLES}``, beside the names that are known.
         limit: read the first ``limit`` rows only; the others are counted.
+        pass_rate: ``[low, high]``, both in [0, 1]: rows whose column ``pass_rate`` lies outside are left out, those
+            without one refused.
     """
 
     path: str
@@ -109,16 +114,23 @@ class Source:
     columns: dict[str, str] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
     limit: int | None = None
+    pass_rate: list[float] | None = None
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise ValueError("source: path is empty; expected a file, a folder, zip://inner::outer or a hub name")
+            raise ValueError("source: path is empty; expected a file, a folder, a hub name, zip:// or gym://")
         if self.format != "auto" and self.format not in FORMATS:
             raise ValueError(f"source {self.path}: format is {self.format!r}; expected auto or one of {list(FORMATS)}")
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise ValueError(f"source {self.path}: weight is {self.weight}; expected a finite number > 0")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"source {self.path}: limit is {self.limit}; expected an integer >= 1 or null")
+        if self.pass_rate is not None and not (
+            len(self.pass_rate) == 2 and 0.0 <= self.pass_rate[0] <= self.pass_rate[1] <= 1.0
+        ):
+            raise ValueError(
+                f"source {self.path}: pass_rate is {self.pass_rate}; expected [low, high] with 0 <= low <= high <= 1"
+            )
         known = {name for names in FIELDS.values() for name in names}
         if unknown := sorted(set(self.columns) - known):
             raise ValueError(
@@ -146,6 +158,9 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, 
     return out
 
 
+_JUDGED = frozenset({"answer", "tests", "test_list", "test", "ground_truth", "gym"})
+
+
 def format_of(row: Mapping[str, Any]) -> str | None:
     """The format one row looks like, or None. The most specific keys win."""
     keys = {key for key, value in row.items() if value is not None}
@@ -159,12 +174,10 @@ def format_of(row: Mapping[str, Any]) -> str | None:
         return "alpaca"
     if {"prompt", "completion"} <= keys:
         return "prompt_completion"
-    if {"question", "answer"} <= keys or (
-        "prompt" in keys and keys & {"answer", "tests", "test_list", "test", "ground_truth"}
-    ):
+    if keys & {"prompt", "question", "problem"} and keys & _JUDGED:
         return "prompt"
     if "text" in keys:
-        return "text"
+        return "prompt" if "test_list" in keys else "text"
     return "prompt" if "prompt" in keys else None
 
 

@@ -2,7 +2,8 @@
 
 ``cross_entropy`` gives the gradient of one weighted sum and makes it on the way forward. Where the weights depend on
 the log-probabilities themselves (preferences, policy gradients), they are not known then. So the backward pass makes
-the logits again: two more products than it needs, and still no [N, V] tensor.
+the logits again: one product and one softmax more than it needs, and still no [N, V] tensor. Where the weights can be
+foreseen, as in the first step on answers of the policy itself, ``foreseen`` saves them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def fused_linear_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_tokens: int | None = None,
+    foreseen: Tensor | None = None,
 ) -> Tensor:
     """``log softmax(softcap(logit_scale * (hidden @ weight.T + bias)))`` at ``targets``, float32 [N] (or float64).
 
@@ -35,12 +37,15 @@ def fused_linear_logprobs(
         weight: [V, H].
         targets: int64 [N], in [0, V).
         bias, low_rank, softcap, logit_scale, chunk_tokens: as in ``fused_linear_cross_entropy``.
+        foreseen: [N], what the gradient of the log-probabilities will be, up to a factor. The gradients are then made
+            on the way forward, and kept till the first backward pass. Where it turns out otherwise they are made again:
+            a wrong guess costs time and changes nothing.
 
     Raises:
         ValueError: shapes do not fit.
     """
     options = Options(softcap, logit_scale, 0.0, 0.0, chunk_tokens, False)
-    return _apply(hidden, weight, targets, bias, low_rank, options)[0]
+    return _apply(hidden, weight, targets, bias, low_rank, options, foreseen)[0]
 
 
 def fused_linear_logprobs_and_entropy(
@@ -66,6 +71,7 @@ def _apply(
     bias: Tensor | None,
     low_rank: tuple[Tensor, Tensor] | None,
     options: Options,
+    foreseen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -75,18 +81,21 @@ def _apply(
     reduced, up = low_rank if low_rank is not None else (None, None)
     inputs = Inputs(*(None if t is None else t.to(dtype) for t in (hidden, weight, bias, reduced, up)))  # pyright: ignore[reportArgumentType]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    check_shapes(inputs, targets, torch.empty(targets.shape, dtype=wide, device=targets.device))
+    guess = targets.new_zeros(targets.shape, dtype=wide) if foreseen is None else foreseen.detach().to(wide)
+    check_shapes(inputs, targets, guess)
     with torch.autocast(device, enabled=False):
-        return _FusedLinearLogprobs.apply(*inputs, targets, options, wide)  # pyright: ignore[reportReturnType]
+        return _FusedLinearLogprobs.apply(*inputs, targets, options, guess, foreseen is not None)  # pyright: ignore[reportReturnType]
 
 
 class _FusedLinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, reduced, up, targets, options, wide):
-        ones = torch.ones(len(targets), dtype=wide, device=hidden.device)
-        rows, _ = run(Inputs(hidden, weight, bias, reduced, up), targets, ones, options, (False,) * 5)
-        entropy = ones.new_empty(0) if rows.entropy is None else rows.entropy
-        ctx.save_for_backward(hidden, weight, bias, reduced, up, targets, entropy)
+    def forward(ctx: Any, hidden, weight, bias, reduced, up, targets, options, guess, foreseen):
+        # The gradient of sum(g * logprob) is that of the cross-entropy with weights -g.
+        wanted = ctx.needs_input_grad[:5] if foreseen else (False,) * 5
+        rows, gradients = run(Inputs(hidden, weight, bias, reduced, up), targets, -guess, options, wanted)
+        entropy = guess.new_empty(0) if rows.entropy is None else rows.entropy
+        ctx.save_for_backward(hidden, weight, bias, reduced, up, targets, entropy, guess)
+        ctx.gradients = gradients if foreseen else None  # not saved tensors: see head.handed_over
         ctx.options = options
         ctx.set_materialize_grads(False)
         return -rows.nll, entropy
@@ -94,18 +103,36 @@ class _FusedLinearLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None):
-        *tensors, targets, entropy = ctx.saved_tensors
+        *tensors, targets, entropy, guess = ctx.saved_tensors
         inputs, options, wanted = Inputs(*tensors), ctx.options, ctx.needs_input_grad[:5]
         of_logprobs, of_entropy = grad_outputs
         if of_logprobs is None:
             of_logprobs = torch.zeros(len(targets), dtype=entropy.dtype, device=entropy.device)
         if of_entropy is None or not options.metrics:
-            # The gradient of sum(g * logprob) is that of the cross-entropy with weights -g.
-            plain = options._replace(metrics=False)
-            _, gradients = run(inputs, targets, -of_logprobs, plain, wanted)
+            made, ctx.gradients = ctx.gradients, None
+            factor = None if made is None else _factor(of_logprobs, guess)
+            if made is not None and factor is not None:
+                gradients = [None if g is None else g.mul_(factor) for g in made]
+            else:
+                del made
+                plain = options._replace(metrics=False)
+                _, gradients = run(inputs, targets, -of_logprobs, plain, wanted)
         else:
             gradients = _with_entropy(inputs, targets, of_logprobs, entropy, of_entropy, options, wanted)
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
+
+
+def _factor(found: Tensor, guess: Tensor) -> float | None:
+    """f where ``found`` is ``f * guess`` [N] but for the rounding of a product or two; None where there is none."""
+    if not guess.numel():
+        return 1.0
+    at = guess.abs().argmax()
+    top, own = float(guess[at]), float(found[at])
+    if not top or not torch.isfinite(found).all():
+        return None
+    factor = own / top
+    close = (found - factor * guess).abs() <= 4 * torch.finfo(found.dtype).eps * (factor * guess).abs()
+    return factor if bool(close.all()) else None
 
 
 def _with_entropy(

@@ -127,6 +127,9 @@ def packed_attention(
                 "arguments from it: set policy.attention to sdpa or eager instead of packed"
             )
         if softcap is None and s_aux is None:
+            one = query.shape[2] == 1 and query.shape[1] != key.shape[1] and position_bias is None
+            if one and (attention_mask is None or attention_mask.shape[1] == 1):
+                return _one_query(query, key, value, attention_mask, scale, dropout), None
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scale, is_causal, position_bias, **kwargs
             )
@@ -167,6 +170,15 @@ def packed_attention(
             attended = _explicit(q, k, v, mask, scale, dropout, softcap, s_aux)
         out.append(attended.transpose(1, 2))
     return torch.cat(out, 1), None
+
+
+def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
+    """[B, 1, Hq, Dv] of one query a row: those of the heads that share keys take the place of a sequence, so that keys
+    and values are not copied for each of them."""
+    batch, heads, _, width = query.shape
+    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
+    out = scaled_dot_product_attention(grouped, key, value, mask, dropout, scale=scale)
+    return out.reshape(batch, 1, heads, -1)
 
 
 def _explicit(

@@ -21,9 +21,14 @@ class TokenLogprobs(nn.Module):
         super().__init__()
         self._model = (model,)  # in a tuple, or it would be registered as a submodule
 
-    def forward(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-        """float32 [N], log-probability of each target int64 [N] by the hidden state [N, H] that predicts it."""
-        return side_logprobs(head_side(self._model[0], hidden), targets, temperature)
+    def forward(
+        self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, foreseen: Tensor | None = None
+    ) -> Tensor:
+        """float32 [N], log-probability of each target int64 [N] by the hidden state [N, H] that predicts it.
+
+        ``foreseen`` as in ``fused_linear_logprobs``.
+        """
+        return side_logprobs(head_side(self._model[0], hidden), targets, temperature, foreseen)
 
     def with_entropy(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """The same, and the entropy in nats of each distribution, float32 [N]."""
@@ -31,10 +36,15 @@ class TokenLogprobs(nn.Module):
         return fused_linear_logprobs_and_entropy(side.hidden, side.weight, targets, **_options(side))
 
 
-def answer_logprobs(model: nn.Module, batch: GroupBatch, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each trained token of the answers, float32 [M], at a temperature."""
+def answer_logprobs(
+    model: nn.Module, batch: GroupBatch, temperature: float = 1.0, foreseen: Tensor | None = None
+) -> Tensor:
+    """Log-probability of each trained token of the answers, float32 [M], at a temperature.
+
+    ``foreseen`` as in ``fused_linear_logprobs``.
+    """
     hidden = hidden_states(model, batch.tokens, parents=batch.parents)
-    return TokenLogprobs(model)(chosen(hidden, batch.predicted_from), batch.targets, temperature)
+    return TokenLogprobs(model)(chosen(hidden, batch.predicted_from), batch.targets, temperature, foreseen)
 
 
 def answer_logprobs_and_entropy(model: nn.Module, batch: GroupBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -43,10 +53,10 @@ def answer_logprobs_and_entropy(model: nn.Module, batch: GroupBatch, temperature
     return TokenLogprobs(model).with_entropy(chosen(hidden, batch.predicted_from), batch.targets, temperature)
 
 
-def side_logprobs(side: Side, targets: Tensor, temperature: float = 1.0) -> Tensor:
+def side_logprobs(side: Side, targets: Tensor, temperature: float = 1.0, foreseen: Tensor | None = None) -> Tensor:
     """float32 [N], log-probabilities of targets int64 [N] under a head with its hidden states."""
     side = at_temperature(side, temperature)
-    return fused_linear_logprobs(side.hidden, side.weight, targets, **_options(side))
+    return fused_linear_logprobs(side.hidden, side.weight, targets, foreseen=foreseen, **_options(side))
 
 
 def at_temperature(side: Side, temperature: float) -> Side:

@@ -181,12 +181,12 @@ class GRPO(Objective):
             self._score_later_steps()
             metrics = tensors(self.rollouts.take_sums(), batch.rewards.device)
         settings, answers = self.rollouts.settings, batch.answers
-        entropy = None
+        old, entropy = batch.tokens.get("old"), None
         if self.policy_loss.entropy or self.wants_details:
             logprobs, entropy = answer_logprobs_and_entropy(self.policy, answers, settings.temperature)
         else:
-            logprobs = answer_logprobs(self.policy, answers, settings.temperature)
-        old = batch.tokens.get("old")
+            foreseen = self._foreseen(batch) if old is None else None
+            logprobs = answer_logprobs(self.policy, answers, settings.temperature, foreseen)
         if old is None:
             # No update has been made since these were sampled: the ratio is 1, and not nearly 1.
             old = logprobs.detach()
@@ -217,6 +217,15 @@ class GRPO(Objective):
             self.policy_loss,
         )
         return out._replace(metrics={"loss": (out.total.detach(), out.weight), **out.metrics, **metrics})
+
+    def _foreseen(self, batch: RolloutBatch) -> Tensor | None:
+        """What the gradient of the log-probabilities is at a ratio of 1, up to a factor; None where it is not known."""
+        if self.importance is not None or self._reference is not None:
+            return None
+        owners, sequences = batch.answers.owners, len(batch.rewards)
+        mask = torch.ones_like(owners, dtype=torch.bool)
+        weights = self.policy_loss.weights(mask, owners, sequences, group_tokens=batch.group_tokens)
+        return batch.tokens["advantages"] * weights.tokens
 
     def _check(self, batch: RolloutBatch) -> None:
         """The self-check, on the first rollout that this process has sampled."""

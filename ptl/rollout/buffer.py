@@ -185,7 +185,7 @@ class Buffer:
             "groups": [
                 {
                     **{name: getattr(group, name) for name in ("position", "window", "row", "source")},
-                    "prompt": torch.from_numpy(group.prompt),
+                    "prompt": torch.tensor(group.prompt),
                     "answers": [
                         {
                             **{name: getattr(answer, name) for name in ("finished", "version", "reward")},

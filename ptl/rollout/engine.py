@@ -39,7 +39,7 @@ class Draws(NamedTuple):
     Attributes:
         samples: answers to each prompt, K.
         temperature: T of ``softmax(z / T)``, which is drawn from; 0 takes the likeliest id.
-        top_p: in (0, 1]; below 1 the log-probabilities are still those before the cut.
+        top_p: in (0, 1]; below 1 the log-probabilities are those before the cut, or none where an engine has no others.
         stop: ids that end an answer.
         seed: of the draws; another one for each rollout.
     """

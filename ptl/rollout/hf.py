@@ -44,7 +44,9 @@ class HF(Engine):
     @contextmanager
     def session(self, policy: nn.Module, strategy: Strategy, version: int) -> Iterator[Draw]:
         try:
-            with gathered_forward(strategy), evaluating(policy):
+            # The trainer's autocast, so that what is sampled is computed as what is trained.
+            precision = strategy.precision_plugin.val_step_context()
+            with gathered_forward(strategy), evaluating(policy), precision:
                 yield partial(self._draw, policy)
         except torch.OutOfMemoryError as error:
             raise RuntimeError(

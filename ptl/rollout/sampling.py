@@ -9,8 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ptl.models.heads import causal_lm
+from ptl.rollout.decoding import NextLogits, make_room
+
+BLOCK = 256
+"""Ids whose probabilities are added up before one of them is drawn."""
 
 
 class Sampled(NamedTuple):
@@ -19,7 +24,7 @@ class Sampled(NamedTuple):
     Attributes:
         ids: with the one that ended it, where one came within the limit.
         logprobs: of each id, by ``log_softmax(z / scored_at)`` over the ids that may be written, before top-p, so that
-            a plain forward pass gives the same numbers.
+            a plain forward pass gives the same numbers; empty where an engine does not know them.
     """
 
     ids: list[int]
@@ -122,25 +127,20 @@ def _write(
     alive, cache = list(range(count)), None
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     positioned = "position_ids" in inspect.signature(lm.forward).parameters
+    forward = NextLogits(model)
     for step in range(max(limits)):
-        out = lm(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **({"position_ids": positions} if positioned else {}),
-        )
-        cache = out.past_key_values
-        logits = out.logits[:, -1, :vocab].float()
+        inputs = {"position_ids": positions} if positioned else {}
+        logits, cache = forward(input_ids=ids, attention_mask=mask, past_key_values=cache, **inputs)
+        logits = logits[:, :vocab].float()
         if step == 0 and samples > 1:
             logits = logits.repeat_interleave(samples, 0)
-        chosen = _choose(logits, temperature, top_p, None if u is None else u[alive, step])
+        chosen, logp = _choose(logits, temperature, top_p, None if u is None else u[alive, step])
         for row, token in zip(alive, chosen.tolist()):
             written[row].append(token)
         if scored_at is not None:
-            scores = logits if scored_at == 1 else logits / scored_at
-            for row, value in zip(alive, torch.log_softmax(scores, -1).gather(-1, chosen[:, None])[:, 0].tolist()):
+            if logp is None or scored_at != temperature:
+                logp = torch.log_softmax(_over(logits, scored_at), -1)
+            for row, value in zip(alive, logp.gather(-1, chosen[:, None])[:, 0].tolist()):
                 logprobs[row].append(value)
         left = [i for i, row in enumerate(alive) if written[row][-1] not in stop and step + 1 < limits[row // samples]]
         if not left:
@@ -151,6 +151,8 @@ def _write(
             index = torch.tensor(rows, device=device)
             cache.batch_select_indices(index)
             mask, positions = mask[index], positions[index]
+        if step == 0:
+            make_room(cache, max(limits) - 1)
         if len(left) < len(alive):
             chosen, alive = chosen[torch.tensor(left, device=device)], [alive[i] for i in left]
         ids, positions = chosen[:, None], positions[:, -1:] + 1
@@ -166,11 +168,16 @@ def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Ten
     return ids, mask
 
 
-def _choose(logits: Tensor, temperature: float, top_p: float, u: Tensor | None) -> Tensor:
+def _choose(logits: Tensor, temperature: float, top_p: float, u: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Ids [N], and the log-probabilities [N, V] at the temperature where they were needed for that."""
     if u is None:
-        return logits.argmax(-1)
-    logp = torch.log_softmax(logits / temperature, -1)
-    return draw(logp if top_p == 1 else nucleus(logp, top_p), u[:, None])[:, 0]
+        return logits.argmax(-1), None
+    logp = torch.log_softmax(_over(logits, temperature), -1)
+    return draw_one((logp if top_p == 1 else nucleus(logp, top_p)).exp(), u), logp
+
+
+def _over(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1 else logits / temperature
 
 
 def nucleus(logp: Tensor, top_p: float) -> Tensor:
@@ -212,3 +219,26 @@ def draw(logp: Tensor, u: Tensor) -> Tensor:
     total = cdf[:, -1:]
     at = torch.minimum(u.to(cdf.device) * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, at, right=True).clamp_max(logp.shape[-1] - 1)
+
+
+def draw_one(p: Tensor, u: Tensor) -> Tensor:
+    """``draw`` of one id a row, int64 [N], from what is proportional to probabilities [N, V], at ``u`` float64 [N].
+
+    First the block of ids is found, then the id in it, so that only the sums of blocks are float64 and not V of them.
+    """
+    p = pad(p, (0, -p.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    block, rest = _inverted(p.sum(-1), u[:, None].to(p.device))
+    inside = p.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]
+    place, _ = _inverted(inside, rest)
+    return (block * BLOCK + place)[:, 0]
+
+
+def _inverted(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the distribution function of p [N, C] passes the share u [N, 1] of its total, and the share of that entry
+    that lies below."""
+    cdf = p.double().cumsum(-1)
+    total = cdf[:, -1:]
+    at = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+    found = torch.searchsorted(cdf, at, right=True).clamp_max(p.shape[-1] - 1)
+    own = p.gather(1, found).double()
+    return found, ((at - cdf.gather(1, found) + own) / own).clamp(0.0, 1.0)

@@ -7,8 +7,9 @@ import torch
 
 from ptl.apps import chat
 from ptl.apps.chat import generate_reply, stream_reply
-from ptl.apps.runs import load_model, resolve_model
+from ptl.apps.runs import load_model
 from ptl.data.render import Renderer
+from ptl.models.names import resolve_model
 from ptl.types import Message
 
 ASKED = [Message(role="user", content="hello world")]

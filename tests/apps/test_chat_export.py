@@ -11,10 +11,11 @@ import torch
 
 from ptl.apps import chat, export
 from ptl.apps.chat import choose, generate_reply
-from ptl.apps.runs import load_model, resolve_model
+from ptl.apps.runs import load_model
 from ptl.data.render import Renderer
 from ptl.models.export import export as write
 from ptl.models.export import largest_logit_change
+from ptl.models.names import resolve_model
 from ptl.models.spec import LoRA, ModelSpec
 from ptl.types import Message
 from tests import tiny

@@ -8,9 +8,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ptl.apps import export
-from ptl.apps.runs import Found, load_model, resolve_model
+from ptl.apps.runs import load_model
 from ptl.models.export import export as write
 from ptl.models.export import largest_logit_change
+from ptl.models.names import Found, resolve_model
 from ptl.models.quantize import is_quantized
 from ptl.models.spec import LoRA, ModelSpec
 from tests import tiny

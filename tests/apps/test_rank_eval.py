@@ -207,7 +207,7 @@ def test_conversations_are_printed_as_in_training(models, tmp_path):
     """A template with today's date, or with a variable, prints other tokens: the facts say which were used."""
     import shutil
 
-    from ptl.apps.reward_models import reward_renderer
+    from ptl.data.reward_models import reward_renderer
 
     shutil.copytree(models / "one" / "export", tmp_path / "rm")
     template = "{{ date_string }}{% if loud %}LOUD{% endif %}" + tiny.CHATML
@@ -223,8 +223,8 @@ def test_conversations_are_printed_as_in_training(models, tmp_path):
 
 
 def test_the_head_of_a_bf16_model_is_not_rounded(models, tmp_path):
-    from ptl.apps.reward_models import load_reward_model
-    from ptl.apps.runs import resolve_model
+    from ptl.data.reward_models import load_reward_model
+    from ptl.models.names import resolve_model
 
     objective = reward_parts.reward_policy(models / "base", seed=5)
     export(objective.policy, tiny.make_tokenizer(), tmp_path / "rm", dtype="bf16")

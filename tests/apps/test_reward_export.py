@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ptl.apps import export
-from ptl.apps.reward_models import is_reward_model, load_reward_model
-from ptl.apps.runs import resolve_model
 from ptl.data.render import Renderer
 from ptl.data.reward_facts import FILE, reward_facts
+from ptl.data.reward_models import is_reward_model, load_reward_model
 from ptl.models.export import export as write
 from ptl.models.export import largest_logit_change
+from ptl.models.names import resolve_model
 from ptl.models.quantize import is_quantized, keep_codes_in_place, quantization_config
 from ptl.models.quantized_export import export_quantized
 from ptl.models.scoring import document_scores

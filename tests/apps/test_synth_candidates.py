@@ -10,9 +10,9 @@ import time
 import pytest
 
 from ptl import cli
-from ptl.apps.runs import Found, base_spec
 from ptl.apps.synth import main
 from ptl.apps.synth_candidates import model_digest
+from ptl.models.names import Found, base_spec
 from tests import tiny
 from tests.synth import parts
 

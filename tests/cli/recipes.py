@@ -16,17 +16,24 @@ def run(folder: str, recipes: list[str]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for recipe in recipes:
         name = Path(recipe).stem
-        ranked = name.startswith(("reward", "dpo"))
-        rows = f"{{path: {folder}/{'text' if name == 'cpt' else 'rankings' if ranked else 'rows'}.jsonl}}"
+        ranked, sampled = name.startswith(("reward", "dpo")), name.startswith(("grpo", "ppo", "r1"))
+        file = "text" if name == "cpt" else "rankings" if ranked else "prompts" if sampled else "rows"
+        rows = f"{{path: {folder}/{file}.jsonl}}"
         arguments = [
             "fit", "-c", recipe, "--run.dir", f"{folder}/runs/{name}",
             "--model.policy.name", f"{folder}/model", "--data.train", f"[{rows}]",
-            "--data.pack_to", "512" if ranked else "256",
+            "--data.pack_to", "null" if sampled else "512" if ranked else "256",
             "--data.max_length", "256", "--data.preparation.num_proc", "1", "--data.val_fraction", "0.2",
             "--data.val", "null",
             "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.max_steps", "2",
             "--trainer.accumulate_grad_batches", "1", "--trainer.enable_progress_bar", "false",
         ]  # fmt: skip
+        if sampled:
+            arguments += ["--model.rollout.max_new_tokens", "8", "--model.rollout.minibatches", "1"]
+            arguments += ["--model.self_check.min_finished", "0", "--data.micro_batch_size", "4"]
+            arguments += ["--trainer.val_check_interval", "null"]
+        if name == "r1_zero":  # its template has a long preface
+            arguments += ["--data.max_length", "512"]
         if name.startswith("distill_demo"):
             arguments += ["--model.policy.shrink.layers", "1"]
         if name in ("distill_demo", "distill_zero3"):
@@ -35,6 +42,9 @@ def run(folder: str, recipes: list[str]) -> dict[str, Any]:
             report = {"general": [{"path": f"{folder}/rows.jsonl"}], "max_rows": 4, "speed_tokens": 4}
             callback = {"class_path": "ptl.callbacks.distill_report.DistillReport", "init_args": report}
             arguments += ["--trainer.callbacks", json.dumps([callback])]
+        if name.startswith("ppo"):
+            reward = {"class_path": "ptl.rewards.reward_model.RewardModel", "init_args": {"model": f"{folder}/scored"}}
+            arguments += ["--model.rewards", json.dumps([reward]), "--model.critic.name", f"{folder}/scored"]
         code = cli.main(arguments)
         export = Path(folder) / "runs" / name / "export"
         results[name] = {"code": code, "files": sorted(p.name for p in export.glob("*")) if export.exists() else []}

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests import tiny
-from tests.objectives import law, ranking
+from tests.objectives import law, ranking, rl
 from tests.ranks import run_ranks
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -60,6 +60,17 @@ def test_every_stack_of_layers_parses(objective, trainer):
     assert config.model.init_args.policy.name == "Qwen/Qwen2.5-1.5B-Instruct" and config.trainer.max_epochs == 1
 
 
+def save_scored(folder: Path) -> None:
+    """A reward model of the tiny model's vocabulary."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(5)
+    scored = AutoModelForSequenceClassification.from_pretrained(folder.parent / "model", num_labels=1)
+    scored.save_pretrained(folder)
+    tiny.make_tokenizer().save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes")
@@ -69,6 +80,9 @@ def ran(tmp_path_factory):
     text = (json.dumps({"text": " ".join(m["content"] for m in row["messages"])}) + "\n" for row in rows)
     (folder / "text.jsonl").write_text("".join(text))
     ranking.write_rows(folder / "rankings.jsonl", count=40)
+    prompts = [{**row, "tests": ["assert f(1) == 2"]} for row in rl.write_rows(folder / "prompts.jsonl", count=16)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    save_scored(folder / "scored")
     names = [str(path) for path in RECIPES]
     result = run_ranks("tests.cli.recipes:run", 1, {"folder": str(folder), "recipes": names}, timeout=280)[0]
     return folder, result

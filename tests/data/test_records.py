@@ -217,7 +217,8 @@ def test_every_reason_of_a_row_is_in_the_table():
         "revised",
         "superseded",
     }  # tests/data/test_rankings.py
-    assert {reason for reason, _, _ in REFUSED} | by_readers | by_rankings == set(REASONS)
+    by_prompts = {"pass_rate", "not_made"}  # tests/data/test_pass_rate.py, tests/data/test_gym.py
+    assert {reason for reason, _, _ in REFUSED} | by_readers | by_rankings | by_prompts == set(REASONS)
 
 
 @pytest.mark.parametrize(("reason", "row_format", "row"), [case for case in REFUSED if case[0] != "unknown_role"])

@@ -233,7 +233,8 @@ def test_the_state_is_one_small_dict(tmp_path, make):
     path = tmp_path / "stop.ckpt"
     run(tmp_path, make(), callbacks=[SaveAndStop(5, path)], max_epochs=2)
     state = torch.load(path, weights_only=True)["ChatDataModule"]
-    assert state == {"epoch": 0, "units": 10, "of": 23, "tokens": state["tokens"], "seed": 3, "shuffle": True}
+    place = {"epoch": 0, "units": 10, "inner": 0, "window": 0, "of": 23}
+    assert state == {**place, "tokens": state["tokens"], "seed": 3, "shuffle": True}
 
 
 def test_a_checkpoint_without_a_position_follows_lightning(tmp_path, make):

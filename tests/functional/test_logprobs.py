@@ -69,6 +69,39 @@ def test_backward_may_run_twice():
     torch.testing.assert_close(first, second)
 
 
+@pytest.mark.parametrize("factor", [1.0, -0.3])
+def test_a_foreseen_gradient_is_made_on_the_way_forward(monkeypatch, factor):
+    *tensors, targets = parts()
+    hidden, weight, bias, reduced, up = tensors
+    weights = torch.randn(13, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights[3] = 0.0
+    how = {"bias": bias, "low_rank": (reduced, up), "softcap": 3.0, "chunk_tokens": 4}
+    plain = fused_linear_logprobs(hidden, weight, targets, **how)
+    expected = torch.autograd.grad((factor * weights * plain).sum(), tensors)
+    found = fused_linear_logprobs(hidden, weight, targets, **how, foreseen=weights)
+    assert torch.equal(found, plain)
+    monkeypatch.setattr("ptl.functional.logprobs.run", None)  # nothing is computed again
+    for one, other in zip(torch.autograd.grad((factor * weights * found).sum(), tensors), expected):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1e-3, float("nan")])
+def test_a_wrong_guess_changes_nothing(wrong):
+    *tensors, targets = parts()
+    hidden, weight, *_ = tensors
+    weights = torch.randn(13, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    guess = torch.zeros_like(weights) if wrong == 0 else weights.clone()
+    guess[5] += wrong
+    expected = torch.autograd.grad((weights * fused_linear_logprobs(hidden, weight, targets)).sum(), tensors[:2])
+    for _ in range(2):
+        found = fused_linear_logprobs(hidden, weight, targets, foreseen=guess)
+        for again in (True, False):
+            got = torch.autograd.grad((weights * found).sum(), tensors[:2], retain_graph=again)
+            for one, other in zip(got, expected):
+                torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+        guess = weights  # the right one: the first pass hands over, the second makes them again
+
+
 def test_refuses_shapes_that_do_not_fit():
     hidden, weight, *_, targets = parts()
     with pytest.raises(ValueError, match="targets has shape"):

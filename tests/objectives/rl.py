@@ -189,6 +189,27 @@ class Recorder:
         return Recording()
 
 
+def watch(*names: str) -> Any:
+    """A callback whose ``rows`` hold the logged metrics of each step: a module logs after callbacks have looked."""
+    import lightning as L
+
+    class Watch(L.Callback):
+        def __init__(self) -> None:
+            self.rows: list[tuple[float, ...]] = []
+
+        def _look(self, trainer: Any) -> None:
+            if trainer.global_step > len(self.rows):
+                self.rows.append(tuple(float(trainer.callback_metrics[name]) for name in names))
+
+        def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+            self._look(trainer)
+
+        def on_train_end(self, trainer: Any, *args: Any) -> None:
+            self._look(trainer)
+
+    return Watch()
+
+
 def trained(folder: str, *args: Any, record: str | None = None, **options: Any) -> np.ndarray:
     """The trainable weights after an epoch; what was sampled goes to the file ``record``. See ``law.trained``."""
     callbacks = [Recorder(Path(record))] if record else []

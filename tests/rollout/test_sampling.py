@@ -101,7 +101,7 @@ def test_draws_depend_on_seed_number_and_place_alone(model):
 
 def test_a_prompt_is_read_once_whatever_the_number_of_answers(model):
     shapes = []
-    hook = model.register_forward_pre_hook(
+    hook = model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     got = sample(model, PROMPTS, NUMBERS, samples=5, stop=range(0, VOCAB, 9), limits=[6] * 4, **HOW)

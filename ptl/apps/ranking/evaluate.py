@@ -130,7 +130,7 @@ def _scored(path: str, rows: RankingRows, batch_tokens: int) -> _Member:
     from rich.console import Console
     from rich.progress import Progress
 
-    from ptl.apps.reward_models import open_reward_model
+    from ptl.data.reward_models import open_reward_model
     from ptl.data.scored_rankings import render_rankings, score_examples
 
     reward = open_reward_model(path)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from ptl.apps.runs import Found
     from ptl.data.render import Renderer
+    from ptl.models.names import Found
+    from ptl.models.spec import Quantization
 
 
 @dataclass(frozen=True)
@@ -39,24 +40,32 @@ def is_reward_model(found: Found) -> bool:
     Raises:
         ValueError: the configuration cannot be read.
     """
+    config = _config(found)
     if found.adapter:
-        config = json.loads((Path(found.name) / "adapter_config.json").read_text(encoding="utf-8"))
         return config.get("task_type") == "SEQ_CLS"
-    from transformers import PreTrainedConfig
-
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(found.name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the model {found.name!r}: {' '.join(str(error).split())[:300]}") from error
     return any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
 
 
-def load_reward_model(found: Found, *, quantized: bool = True, device: str = "cpu") -> nn.Module:
+def _config(found: Found) -> dict[str, Any]:
+    if found.adapter:
+        return json.loads((Path(found.name) / "adapter_config.json").read_text(encoding="utf-8"))
+    from transformers import PreTrainedConfig
+
+    try:
+        return PreTrainedConfig.get_config_dict(found.name)[0]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the model {found.name!r}: {' '.join(str(error).split())[:300]}") from error
+
+
+def load_reward_model(
+    found: Found, *, quantized: bool = True, quantize: Quantization | None = None, device: str = "cpu"
+) -> nn.Module:
     """A reward model in eval mode.
 
     Arguments:
         found: what to load; ``is_reward_model`` holds.
         quantized: keep an adapter's base in the codes it was trained on.
+        quantize: make codes of its linear layers; None leaves them as they are.
         device: ``cpu``, ``cuda``, or ``auto`` for CUDA where there is one; codes stay where they were made.
 
     Raises:
@@ -64,12 +73,13 @@ def load_reward_model(found: Found, *, quantized: bool = True, device: str = "cp
     """
     import torch
 
-    from ptl.apps.runs import base_spec
     from ptl.models.adapters import load_adapter
     from ptl.models.build import load_base
+    from ptl.models.names import base_spec
     from ptl.models.quantize import is_quantized
 
-    spec = replace(base_spec(found, quantized=quantized), head="scalar", attention="packed")
+    spec = base_spec(found, quantized=quantized)
+    spec = replace(spec, head="scalar", attention="packed", quantize=quantize or spec.quantize)
     model: Any = load_base(spec)
     if found.adapter:
         model = load_adapter(model, Path(found.name))
@@ -79,14 +89,32 @@ def load_reward_model(found: Found, *, quantized: bool = True, device: str = "cp
     return (model if coded else model.to(device)).eval()
 
 
-def open_reward_model(name: str, *, device: str = "auto") -> RewardModel:
+def open_reward_model(name: str, *, quantize: Quantization | None = None, device: str = "auto") -> RewardModel:
     """A reward model by run folder, export, adapter folder or hub name, with its renderer.
+
+    Arguments:
+        name: of the model.
+        quantize: as in ``load_reward_model``.
+        device: as in ``load_reward_model``.
 
     Raises:
         ValueError: no such model, no reward model, no chat template, or a tokenizer or template other than the one that
             it was trained with.
     """
-    from ptl.apps.runs import resolve_model
+    found = find_reward_model(name)
+    renderer, facts = reward_renderer(found.name)
+    model = load_reward_model(found, quantize=quantize, device=device)
+    return RewardModel(name, model, renderer, facts, longest(model))
+
+
+def find_reward_model(name: str) -> Found:
+    """What a reward model's name stands for; of its files the configuration alone is read.
+
+    Raises:
+        ValueError: no such model, no reward model, a classifier of several labels, or an adapter whose base is gone.
+    """
+    from ptl.models.build import find_source
+    from ptl.models.names import base_spec, resolve_model
 
     found = resolve_model(name)
     if not is_reward_model(found):
@@ -94,9 +122,13 @@ def open_reward_model(name: str, *, device: str = "auto") -> RewardModel:
             f"{name} is no reward model: its configuration names no ...ForSequenceClassification; a run of "
             "ptl.objectives.reward.RewardModeling makes one"
         )
-    renderer, facts = reward_renderer(found.name)
-    model = load_reward_model(found, device=device)
-    return RewardModel(name, model, renderer, facts, longest(model))
+    labels = len(_config(found).get("id2label") or (1,))
+    if labels > 1:
+        raise ValueError(
+            f"{name} is no reward model: it is a classifier of {labels} labels, and a reward is one number"
+        )
+    find_source(base_spec(found).name)
+    return found
 
 
 def reward_renderer(folder: str) -> tuple[Renderer, dict[str, Any] | None]:
