@@ -200,3 +200,30 @@ def test_steps_and_ranks_outside_are_refused():
 def _real(plan: Plan, step: int, rank: int) -> list[int]:
     dealt = plan.deal(step, rank)
     return dealt.units[dealt.real].tolist()
+
+
+@pytest.mark.parametrize(("windows", "passes", "units"), [(1, 1, 20), (2, 1, 20), (2, 3, 20), (3, 2, 18), (4, 2, 3)])
+def test_steps_of_a_rollout_are_walked_as_often_as_there_are_passes(windows, passes, units):
+    plan = Plan(units=units, micro_batch_size=4, windows=windows, passes=passes)
+    whole = Plan(units=units, micro_batch_size=4)
+    expected = []
+    for first in range(0, whole.steps, windows):
+        of_rollout = [whole.window(step).tolist() for step in range(first, min(first + windows, whole.steps))]
+        expected += of_rollout * passes
+    assert plan.steps == plan.steps_per_epoch == whole.steps * passes
+    assert [plan.window(step).tolist() for step in range(plan.steps)] == expected
+
+
+@pytest.mark.parametrize(("windows", "passes", "units"), [(2, 3, 20), (3, 2, 18), (4, 2, 3)])
+def test_law_6_a_plan_goes_on_within_a_rollout(windows, passes, units):
+    sizes = {"units": units, "micro_batch_size": 4, "windows": windows, "passes": passes}
+    plan = Plan(**sizes)
+    order = [plan.window(step).tolist() for step in range(plan.steps)]
+    for stop in range(plan.steps):
+        start, inner = plan.after(stop)
+        rest = Plan(**sizes, start=start, inner=inner)
+        assert [rest.window(step).tolist() for step in range(rest.steps)] == order[stop:], stop
+        assert rest.after(0) == (start, inner)
+        first = rest.start + rest.locate(0).first * rest.window_size
+        assert first == plan.start + plan.locate(stop).first * plan.window_size
+    assert plan.after(plan.steps) == (units, 0)
