@@ -30,6 +30,7 @@ from ptl.config_errors import explain
 from ptl.data.audit import DUPLICATE
 from ptl.data.module import ChatDataModule
 from ptl.objectives.base import Objective
+from ptl.rewards.panel import RewardError
 from ptl.strategies.deepspeed import ZeROStrategy
 
 _RUN_DIR = "PTL_RUN_DIR"
@@ -215,7 +216,7 @@ def run(argv: Sequence[str]) -> int:
             PTLCLI()
         except SystemExit as stop:
             return int(stop.code or 0)
-        except (ValueError, OSError, MisconfigurationException, DivergedError) as mistake:
+        except (ValueError, OSError, MisconfigurationException, DivergedError, RewardError) as mistake:
             if os.environ.get(_TRACEBACK):
                 traceback.print_exc()
             print(f"ptl: error: {redact(str(mistake))}", file=sys.stderr)

@@ -269,6 +269,6 @@ def _view_of(model: Any) -> Any:
         return None
     module, _, name = str(path).rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name).view
+        return getattr(importlib.import_module(module), name).view_of(_init_args(model))
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"model.class_path is {path!r}; expected the full path of an objective ({error})") from error

@@ -49,7 +49,7 @@ def cache_inputs(
     return {
         "sources": [_source(source, own) for source, own in zip(sources, files)],
         "renderer": renderer.fingerprint(),
-        "view": f"{type(view).__module__}.{type(view).__qualname__}",
+        "view": [f"{type(view).__module__}.{type(view).__qualname__}", view.settings],
         "max_length": max_length,
         "truncation": truncation,
         "deduplicate": deduplicate,

@@ -53,6 +53,10 @@ class RankingView(View):
     def __init__(self, *, share_prompt: bool = True, need_scores: bool = False) -> None:
         self.share_prompt, self.need_scores = share_prompt, need_scores
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"need_scores": self.need_scores}
+
     def encode(
         self, records: Sequence[Ranking], renderer: Renderer, max_length: int, truncation: Truncation
     ) -> list[list[Example] | RenderError]:

@@ -12,12 +12,13 @@ from ptl.data.batches import mask_of
 from ptl.data.encode import trained_tokens
 from ptl.data.files import resolve
 from ptl.data.groups import RankingView
+from ptl.data.prompts import PromptView
 from ptl.data.readers import blocks, first_rows
 from ptl.data.records import parse_row
 from ptl.data.render import Renderer, RenderError, Truncation
 from ptl.data.sources import RECORD_OF, BadRow, Source, check_record, detect_format
 from ptl.data.views import ChatView, Example, View
-from ptl.types import Origin, Ranking
+from ptl.types import Origin, Prompt, Ranking
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -71,19 +72,20 @@ def preview_rows(
 
 
 def view_of(sources: Sequence[Source]) -> View:
-    """The view that reads the sources' rows: of rankings ``RankingView``, else ``ChatView``.
+    """The view that reads the sources' rows: of rankings ``RankingView``, of prompts ``PromptView``, else ``ChatView``.
 
     Raises:
-        ValueError: they hold both, or a source's format cannot be told.
+        ValueError: they hold more than one kind, or a source's format cannot be told.
     """
     records = {}
     for source in sources:
         row_format = detect_format(source, () if source.format != "auto" else first_rows(source))
         records[RECORD_OF[row_format]] = source.path
-    if Ranking in records and len(records) > 1:
-        other = next(path for record, path in records.items() if record is not Ranking)
-        raise ValueError(f"{records[Ranking]} holds rankings and {other} does not: look at them one at a time")
-    return RankingView() if Ranking in records else ChatView()
+    for record, kind in ((Ranking, "rankings"), (Prompt, "prompts")):
+        if record in records and len(records) > 1:
+            other = next(path for of, path in records.items() if of is not record)
+            raise ValueError(f"{records[record]} holds {kind} and {other} does not: look at them one at a time")
+    return RankingView() if Ranking in records else PromptView(room=0) if Prompt in records else ChatView()
 
 
 def segments(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[Segment]:

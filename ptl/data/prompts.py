@@ -42,6 +42,10 @@ class PromptView(View):
     def __init__(self, *, room: int, windows: int = 1, passes: int = 1) -> None:
         self.room, self.windows, self.passes = room, windows, passes
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"room": self.room}
+
     def encode(
         self, records: Sequence[Prompt], renderer: Renderer, max_length: int, truncation: Truncation
     ) -> list[list[Example] | RenderError]:

@@ -39,6 +39,11 @@ class View(ABC):
     windows: int = 1
     passes: int = 1
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of the view's own settings changes its examples; part of the key that prepared rows are kept under."""
+        return {}
+
     @abstractmethod
     def encode(
         self, records: Sequence[Any], renderer: Renderer, max_length: int, truncation: Truncation

@@ -12,6 +12,7 @@ window's sum over the window's weight, however the window was cut.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -67,6 +68,11 @@ class Objective(L.LightningModule, ABC):
         # Kept out of module registration: an engine that casts the module to bf16 must not cast running sums.
         self._means: dict[str, WeightedMeans] = {}
         self._logged_step = 0
+
+    @classmethod
+    def view_of(cls, arguments: Mapping[str, Any]) -> View:
+        """The view of an objective with these arguments, as a configuration has them: to prepare its data ahead."""
+        return cls.view
 
     @abstractmethod
     def loss(self, batch: Any) -> LossOutput:

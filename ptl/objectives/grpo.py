@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from ptl.objectives.sampled import (
     evaluation_names,
     evaluation_output,
     evidence_of,
+    prompt_view,
     tensors,
 )
 from ptl.rewards.base import Reward
@@ -116,6 +118,10 @@ class GRPO(Objective):
         self.view = PromptView(room=rollout.max_new_tokens, windows=rollout.minibatches, passes=rollout.epochs)
         self._reference = Reference(policy, reference) if loss.kl else None
         self._fresh, self._checked = False, False
+
+    @classmethod
+    def view_of(cls, arguments: Mapping[str, Any]) -> PromptView:
+        return prompt_view(arguments)
 
     # ---- building ----
 

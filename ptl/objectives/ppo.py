@@ -6,6 +6,7 @@ The file is one class, whole, with the hooks that GRPO has too. Its arithmetic i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,7 @@ from ptl.objectives.sampled import (
     evaluation_names,
     evaluation_output,
     evidence_of,
+    prompt_view,
     tensors,
 )
 from ptl.rewards.base import Reward
@@ -151,6 +153,10 @@ class PPO(Objective):
         self._reference = Reference(policy, reference) if loss.kl or kl is not None else None
         self._mix: Mix | None = None
         self._fresh, self._checked = False, False
+
+    @classmethod
+    def view_of(cls, arguments: Mapping[str, Any]) -> PromptView:
+        return prompt_view(arguments)
 
     # ---- building ----
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -82,6 +83,10 @@ class RewardModeling(Objective):
         self._measures: dict[str, RankingMeasures] = {}
         self.measured: dict[str, dict[str, Any]] = {}
         """What was measured last, by stage; see ``ptl.functional.ranking_measures.measures_of``."""
+
+    @classmethod
+    def view_of(cls, arguments: Mapping[str, Any]) -> RankingView:
+        return RankingView(need_scores=arguments.get("loss") == "margin")
 
     # ---- the loss ----
 

@@ -5,11 +5,13 @@ Functions and small types, no objective: each objective keeps its own hooks, whi
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ptl.data.prompts import PromptView
 from ptl.models.heads import causal_lm
 from ptl.models.logprobs import answer_logprobs
 from ptl.models.modes import evaluating
@@ -18,7 +20,7 @@ from ptl.objectives.reference import Reference
 from ptl.rollout.buffer import Group
 from ptl.rollout.engine import Engine
 from ptl.rollout.evaluation import Evaluation
-from ptl.rollout.rollouts import Rollouts, Sums
+from ptl.rollout.rollouts import Rollout, Rollouts, Sums
 from ptl.rollout.selfcheck import Evidence, token_evidence
 from ptl.types import LossOutput, RolloutBatch
 
@@ -43,6 +45,12 @@ def check_policy(policy: ModelSpec, engine: Engine) -> None:
             f"model.policy.adapter.dropout is {policy.adapter.dropout}: a policy that drops out in training is not the "
             "one that was sampled. Set it to 0"
         )
+
+
+def prompt_view(arguments: Mapping[str, Any]) -> PromptView:
+    """The view of the prompts, out of an objective's arguments as a configuration has them."""
+    rollout = arguments.get("rollout") or {}
+    return PromptView(room=int(rollout.get("max_new_tokens", Rollout.max_new_tokens)))
 
 
 def evaluation_names(how: Evaluation, rollouts: Rollouts, sources: tuple[str, ...]) -> tuple[str, ...]:
