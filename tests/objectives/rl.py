@@ -77,6 +77,13 @@ class Vowels(Reward):
         return [sum(c in "aeiou" for c in one.text) / max(1, len(one.text)) for one in completions]
 
 
+class Coarse(Reward):
+    """1 for answers of an even number of words, so that many groups agree."""
+
+    def score(self, completions: Sequence[Completion]) -> list[Outcome]:
+        return [float(len(one.text.split()) % 2 == 0) for one in completions]
+
+
 def data_of(folder: str, view: Any, *, micro: int, rows: str = "rows.jsonl", layout: str = "packed", **options: Any):
     from ptl.data.module import ChatDataModule, Preparation
     from ptl.data.sources import Source
@@ -127,6 +134,7 @@ def build(
     rollout: dict[str, Any] | None = None,
     loss: dict[str, Any] | None = None,
     sgd: bool = True,
+    coarse: bool = False,
     data: dict[str, Any] | None = None,
     **options: Any,
 ):
@@ -144,7 +152,7 @@ def build(
     settings: dict[str, Any] = {"group_size": 4, "max_new_tokens": 12, "share_prompt": share, **(rollout or {})}
     objective = GRPO(
         ModelSpec(name=f"{folder}/model", adapter=adapter),
-        options.pop("rewards", None) or [Vowels()],
+        options.pop("rewards", None) or [Coarse() if coarse else Vowels()],
         rollout=Rollout(minibatches=minibatches, epochs=epochs, **settings),
         loss=PolicyLoss(kind=kind, kl=kl, **(loss or {})),  # pyright: ignore
         reference=held_to,

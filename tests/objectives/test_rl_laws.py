@@ -38,7 +38,7 @@ KINDS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "batch": ({"baseline": "batch", "scale": "batch"}, FEW),
     "old": (OLD, [SPLITS[0], SPLITS[3], SPLITS[6]]),
     "entropy": ({"loss": {"entropy": 0.05}}, FEW),
-    "refill": ({"rollout": {"refill": 2, "group_size": 2, "max_new_tokens": 2}}, FEW),
+    "refill": ({"coarse": True, "rollout": {"refill": 2, "group_size": 2}}, FEW),
     "masked": ({"rollout": {"mask_truncated": True}}, FEW),
     "partial": ({"rows": "partial.jsonl"}, [SPLITS[0], SPLITS[3], SPLITS[6]]),
     "lora": ({"lora": True, "kl": 0.3, "lr": 3.0}, [SPLITS[3], SPLITS[6]]),
