@@ -43,7 +43,7 @@ def test_prompts_are_printed_as_before_and_an_answer_ends_with_what_no_model_wri
     assert len(prompts) == 4
     for prompt in prompts:
         texts = [t.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for t in (ours, own)]
-        assert texts[0] == texts[1]
+        assert texts[0] == texts[1] and grpo.END not in texts[0]
     answered = [*prompts[0], {"role": "assistant", "content": "yes"}]
     assert f"yes{grpo.END}" in ours.apply_chat_template(answered, tokenize=False)
     assert ours.eos_token_id >= AutoConfig.from_pretrained(spec["model"]).vocab_size

@@ -121,10 +121,13 @@ def write_policy(model: Path, folder: Path, *, template: str, small: bool, seed:
 
 
 def write_prompts(conversations: list[Any], path: Path) -> None:
-    """All turns but the last, as rows that both sides read."""
+    """The turns since the last answer but one, as rows that both sides read: an earlier answer would end with ``END``,
+    for which the model has no row."""
     with path.open("w", encoding="utf-8") as file:
         for row in conversations:
-            *prompt, last = row["messages"]
+            *turns, last = row["messages"]
+            spoken = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+            prompt = turns[spoken[-1] + 1 :] if spoken else turns
             file.write(json.dumps({"prompt": prompt, "answer": last["content"]}) + "\n")
 
 
