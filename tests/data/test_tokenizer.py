@@ -25,15 +25,15 @@ def test_a_folder_keeps_its_own_template(folder):
 
 
 def test_templates_by_name_path_and_text(folder, tmp_path):
-    assert PACKAGED_TEMPLATES == ("chatml", "im_sep")
+    assert PACKAGED_TEMPLATES == ("chatml", "im_sep", "r1_zero")
     path = tmp_path / "mine.jinja"
     path.write_text("{{ messages }}", encoding="utf-8")
     assert load_tokenizer(folder, template=str(path)).chat_template == "{{ messages }}"
     assert load_tokenizer(folder, template="{% if 1 %}x{% endif %}").chat_template == "{% if 1 %}x{% endif %}"
     for name in PACKAGED_TEMPLATES:
         packaged = load_tokenizer(folder, template=name).chat_template
-        assert packaged == resolve_template(name) and "<|im_start|>" in packaged
-    with pytest.raises(ValueError, match=r"template: got 'chatlm'; expected one of chatml, im_sep"):
+        assert packaged == resolve_template(name) and "add_generation_prompt" in packaged
+    with pytest.raises(ValueError, match=r"template: got 'chatlm'; expected one of chatml, im_sep, r1_zero"):
         load_tokenizer(folder, template="chatlm")
 
 
