@@ -13,7 +13,7 @@ from ptl.callbacks.redact import redact_tree
 from ptl.callbacks.throughput import logged_step
 from ptl.data.durable import append_line
 from ptl.rollout.buffer import Buffer
-from ptl.rollout.rollouts import table
+from ptl.rollout.shown import table
 
 FOLDER = "completions"
 TABLE_ROWS = 500

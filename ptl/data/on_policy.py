@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from ptl.data.batches import collate_tokens
 from ptl.models.modes import evaluating
-from ptl.rollout.sampling import generate
+from ptl.rollout.sampling import generate, numbered
 from ptl.strategies.partition import gathered_forward
 from ptl.types import TokenBatch
 
@@ -54,7 +53,7 @@ class OnPolicy:
 
     def takes(self, step: int) -> bool:
         """Whether the optimizer step is on policy."""
-        return _hash(self.seed, step) / 2**63 < self.share
+        return numbered(self.seed, step) / 2**63 < self.share
 
 
 def rewritten(
@@ -87,7 +86,7 @@ def rewritten(
                 limits=[min(settings.max_new_tokens, data.max_length - row["start"]) for row in asked],
                 vocab=vocabulary,
                 temperature=settings.temperature,
-                seed=_hash(settings.seed, step),
+                seed=numbered(settings.seed, step),
             )
     for row, answer in zip(asked, answers, strict=True):
         row["ids"] = np.concatenate([row["ids"][: row["start"]], np.array(answer, np.int64)])
@@ -125,9 +124,3 @@ def _rows_of(batch: TokenBatch) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _hash(*numbers: int) -> int:
-    """A number in [0, 2**63), a function of the numbers alone."""
-    text = ",".join(map(str, numbers)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

@@ -26,8 +26,9 @@ from ptl.objectives.sampled import (
     check_policy,
     evaluation_names,
     evaluation_output,
-    evidence_of,
+    importance_for,
     prompt_view,
+    self_check,
     tensors,
 )
 from ptl.rewards.base import Reward
@@ -35,8 +36,10 @@ from ptl.rewards.panel import RewardPanel
 from ptl.rollout.engine import Engine
 from ptl.rollout.evaluation import Evaluation
 from ptl.rollout.hf import HF
-from ptl.rollout.rollouts import Rollout, Rollouts, added
-from ptl.rollout.selfcheck import Evidence, SelfCheck, judge
+from ptl.rollout.ranks import added
+from ptl.rollout.rollouts import Rollouts
+from ptl.rollout.selfcheck import SelfCheck
+from ptl.rollout.settings import Rollout
 from ptl.types import LossOutput, PromptBatch, RolloutBatch
 
 
@@ -99,19 +102,12 @@ class GRPO(Objective):
                 "compares the answers to a prompt with each other: set group_size to 2 or more, or baseline batch and "
                 "scale batch or none"
             )
-        if importance == "auto":
-            importance = None if isinstance(engine, HF) or not engine.abilities.logprobs else Importance()
-        if importance is not None and not engine.abilities.logprobs:
-            raise ValueError(
-                "model.importance needs the log-probabilities that answers were drawn with, and "
-                f"{type(engine).__name__} gives none: set model.importance to null"
-            )
         if loss.constant is None:
             loss = dataclasses.replace(loss, constant=rollout.max_new_tokens)
         self.policy_loss = loss
         self.baseline: Baseline = baseline
         self.scale: Scale = scale
-        self.importance: Importance | None = importance
+        self.importance = importance_for(engine, importance)
         self.evaluation, self.self_check = evaluation or Evaluation(), self_check or SelfCheck()
         self.rollouts = Rollouts(rollout, engine, RewardPanel(rewards, error_limit=error_limit))
         self.rollouts.solver(self.evaluation)
@@ -237,18 +233,9 @@ class GRPO(Objective):
         """The self-check, on the first rollout that this process has sampled."""
         if self._checked:
             return
-        buffer, strategy, settings = self.rollouts.buffer, self.trainer.strategy, self.rollouts.settings
-        assert buffer is not None
         starts = self.trainer.global_step == 0 and self._reference is not None and self._reference.is_start
-        held = self._reference if starts else None
-        own, exact = evidence_of(self.policy, batch, buffer.groups, temperature=settings.temperature, reference=held)
-        all_ranks = Evidence(added(strategy, own.sums), added(strategy, own.most, "max"))
-        judge(
-            all_ranks,
-            self.self_check,
-            exact=exact and isinstance(self.rollouts.engine, HF),
-            engine=type(self.rollouts.engine).__name__,
-        )
+        held, strategy = self._reference if starts else None, self.trainer.strategy
+        self_check(self.policy, batch, self.rollouts, self.self_check, strategy=strategy, reference=held)
         self._checked = True
 
     @torch.no_grad()

@@ -33,8 +33,9 @@ from ptl.objectives.sampled import (
     check_policy,
     evaluation_names,
     evaluation_output,
-    evidence_of,
+    importance_for,
     prompt_view,
+    self_check,
     tensors,
 )
 from ptl.rewards.base import Reward
@@ -43,8 +44,10 @@ from ptl.rollout.buffer import Buffer
 from ptl.rollout.engine import Engine
 from ptl.rollout.evaluation import Evaluation
 from ptl.rollout.hf import HF
-from ptl.rollout.rollouts import Rollout, Rollouts, Sums, added
-from ptl.rollout.selfcheck import Evidence, SelfCheck, judge
+from ptl.rollout.ranks import added
+from ptl.rollout.rollouts import Rollouts, Sums
+from ptl.rollout.selfcheck import SelfCheck
+from ptl.rollout.settings import Rollout
 from ptl.types import LossOutput, PromptBatch, RolloutBatch
 
 
@@ -131,13 +134,6 @@ class PPO(Objective):
             warm_up=warm_up,
         )
         check_settings(rollout, loss, kl, missing_end_penalty, warm_up, self.optimizer_spec)
-        if importance == "auto":
-            importance = None if isinstance(engine, HF) or not engine.abilities.logprobs else Importance()
-        if importance is not None and not engine.abilities.logprobs:
-            raise ValueError(
-                "model.importance needs the log-probabilities that answers were drawn with, and "
-                f"{type(engine).__name__} gives none: set model.importance to null"
-            )
         self.critic_spec = None if critic is None else critic_of(critic)
         self.policy_loss = clipped_alike(loss)
         self.discount, self.decay = discount, decay
@@ -145,7 +141,7 @@ class PPO(Objective):
         self.kl, self.missing_end_penalty, self.warm_up = kl, missing_end_penalty, warm_up
         self.bootstrap = bootstrap
         self.normaliser = normaliser_of(normalise_rewards)
-        self.ptx, self.importance = ptx, importance
+        self.ptx, self.importance = ptx, importance_for(engine, importance)
         self.evaluation, self.self_check = evaluation or Evaluation(), self_check or SelfCheck()
         self.rollouts = Rollouts(rollout, engine, RewardPanel(rewards, error_limit=error_limit))
         self.rollouts.solver(self.evaluation)
@@ -227,12 +223,9 @@ class PPO(Objective):
         """The self-check, on the first rollout that this process has sampled."""
         if self._checked:
             return
-        strategy, engine, temperature = self.trainer.strategy, self.rollouts.engine, self.rollouts.settings.temperature
         starts = self.trainer.global_step == 0 and self._reference is not None and self._reference.is_start
-        held = self._reference if starts else None
-        own, exact = evidence_of(self.policy, batch, self._buffer.groups, temperature=temperature, reference=held)
-        all_ranks = Evidence(added(strategy, own.sums), added(strategy, own.most, "max"))
-        judge(all_ranks, self.self_check, exact=exact and isinstance(engine, HF), engine=type(engine).__name__)
+        held, strategy = self._reference if starts else None, self.trainer.strategy
+        self_check(self.policy, batch, self.rollouts, self.self_check, strategy=strategy, reference=held)
         self._checked = True
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from ptl.functional.kl import AdaptiveKL, FixedKL
 from ptl.functional.moments import RewardNormaliser
 from ptl.functional.policy_loss import PolicyLoss
 from ptl.models.optimizer import Optimizer
-from ptl.rollout.rollouts import Rollout
+from ptl.rollout.settings import Rollout
 
 
 def check_numbers(

@@ -6,12 +6,13 @@ Functions and small types, no objective: each objective keeps its own hooks, whi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ptl.data.prompts import PromptView
+from ptl.functional.importance import Importance
 from ptl.models.heads import causal_lm
 from ptl.models.logprobs import answer_logprobs
 from ptl.models.modes import evaluating
@@ -20,9 +21,15 @@ from ptl.objectives.reference import Reference
 from ptl.rollout.buffer import Group
 from ptl.rollout.engine import Engine
 from ptl.rollout.evaluation import Evaluation
-from ptl.rollout.rollouts import Rollout, Rollouts, Sums
-from ptl.rollout.selfcheck import Evidence, token_evidence
+from ptl.rollout.hf import HF
+from ptl.rollout.ranks import added
+from ptl.rollout.rollouts import Rollouts, Sums, merge
+from ptl.rollout.selfcheck import Evidence, SelfCheck, judge, token_evidence
+from ptl.rollout.settings import Rollout
 from ptl.types import LossOutput, RolloutBatch
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
 
 EVALUATED = ("length", "finished", "reward")
 
@@ -47,6 +54,22 @@ def check_policy(policy: ModelSpec, engine: Engine) -> None:
         )
 
 
+def importance_for(engine: Engine, importance: Importance | Literal["auto"] | None) -> Importance | None:
+    """The weights between engine and trainer; ``auto`` is none for the engine that draws from the policy itself.
+
+    Raises:
+        ValueError: weights for an engine that gives no log-probabilities.
+    """
+    if importance == "auto":
+        return None if isinstance(engine, HF) or not engine.abilities.logprobs else Importance()
+    if importance is not None and not engine.abilities.logprobs:
+        raise ValueError(
+            "model.importance needs the log-probabilities that answers were drawn with, and "
+            f"{type(engine).__name__} gives none: set model.importance to null"
+        )
+    return importance
+
+
 def prompt_view(arguments: Mapping[str, Any]) -> PromptView:
     """The view of the prompts, out of an objective's arguments as a configuration has them."""
     rollout = arguments.get("rollout") or {}
@@ -61,12 +84,11 @@ def evaluation_names(how: Evaluation, rollouts: Rollouts, sources: tuple[str, ..
 
 def evaluation_output(evaluated: Evaluated, rollouts: Rollouts, device: torch.device, sources: tuple[str, ...]):
     """The metrics of an evaluation's batch, as what an objective's loss returns."""
-    sums: dict[str, tuple[float, float]] = {}
+    sums: Sums = {}
     for source, found in evaluated.by_source.items():
-        for name, (total, weight) in found.items():
-            for key in (name, f"{name}_{source}") if source in sources else (name,):
-                had = sums.get(key, (0.0, 0.0))
-                sums[key] = (had[0] + total, had[1] + weight)
+        merge(sums, found)
+        if source in sources:
+            merge(sums, {f"{name}_{source}": pair for name, pair in found.items()})
     sums = {**rollouts.take_sums(), **sums}
     zero = torch.zeros((), device=device)
     return LossOutput(zero, zero, {"loss": (zero, zero), **tensors(sums, device)})
@@ -78,6 +100,35 @@ def tensors(sums: Sums, device: torch.device) -> dict[str, tuple[Tensor, Tensor]
         name: tuple(torch.tensor(float(x), dtype=torch.float64, device=device) for x in pair)  # pyright: ignore
         for name, pair in sums.items()
     }
+
+
+def self_check(
+    policy: nn.Module,
+    batch: RolloutBatch,
+    rollouts: Rollouts,
+    limits: SelfCheck,
+    *,
+    strategy: Strategy,
+    reference: Reference | None,
+) -> None:
+    """Whether engine and trainer agree about a rollout, over all ranks, before the first update on it.
+
+    Args:
+        policy: in training mode.
+        batch: the rank's first micro-batch, on the policy's device.
+        rollouts: whose buffer was just filled.
+        limits: of the check.
+        strategy: the trainer's.
+        reference: where it should be equal to the policy; None else.
+
+    Raises:
+        SelfCheckError: they do not, with the likely cause.
+    """
+    assert rollouts.buffer is not None
+    temperature, engine = rollouts.settings.temperature, rollouts.engine
+    own, exact = evidence_of(policy, batch, rollouts.buffer.groups, temperature=temperature, reference=reference)
+    all_ranks = Evidence(added(strategy, own.sums), added(strategy, own.most, "max"))
+    judge(all_ranks, limits, exact=exact and isinstance(engine, HF), engine=type(engine).__name__)
 
 
 @torch.no_grad()

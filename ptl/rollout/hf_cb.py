@@ -16,8 +16,7 @@ from transformers.generation import ContinuousBatchingConfig
 from ptl.models.heads import causal_lm
 from ptl.models.modes import evaluating
 from ptl.rollout.engine import Abilities, Asked, Draw, Draws, Engine
-from ptl.rollout.rollouts import numbered
-from ptl.rollout.sampling import Sampled
+from ptl.rollout.sampling import Sampled, numbered
 from ptl.strategies.partition import gathered_forward
 
 if TYPE_CHECKING:

@@ -7,25 +7,26 @@ reproducible): not of ranks, accumulation or micro-batches.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptl.data.prompts import record_of
 from ptl.data.render import stop_token_ids
 from ptl.functional.advantages import tells_apart
-from ptl.rewards.answers import final_answer
-from ptl.rewards.base import Completion, Failure, Outcome
+from ptl.rewards.base import Completion, Outcome
 from ptl.rewards.panel import RewardPanel
 from ptl.rollout.buffer import Answer, Buffer, Collation, Group
 from ptl.rollout.engine import Asked, Draw, Draws, Engine
 from ptl.rollout.evaluation import Evaluation, measures
+from ptl.rollout.ranks import agreed
+from ptl.rollout.sampling import numbered
+from ptl.rollout.settings import Rollout
+from ptl.rollout.shown import said_at_last
 from ptl.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -36,55 +37,6 @@ if TYPE_CHECKING:
 PROMPT_END = 64
 """Tokens of a prompt's end that rewards see as text."""
 Sums = dict[str, tuple[float, float]]
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rollout:
-    """How answers are sampled for training, and for how many steps they serve.
-
-    Attributes:
-        group_size: answers to each prompt.
-        max_new_tokens: most tokens of an answer.
-        temperature: T of ``softmax(z / T)``, which is drawn from and trained, above 0.
-        top_p: 1; see below.
-        minibatches: optimizer steps that the prompts of a rollout are cut into. Above 1, all but the first step train
-            on answers of older weights.
-        epochs: how often a rollout's steps are walked.
-        refill: most times that a prompt is replaced by another one because its answers all have the same reward
-            (dynamic sampling; DAPO, arXiv:2503.14476, section 3.2); 0 trains on what comes.
-        mask_truncated: leave answers out that reached their limit before their end.
-        seed: of the draws.
-        share_prompt: in the packed layout, compute a prompt once for all its answers while training.
-
-    Raises:
-        ValueError: a number out of its range.
-    """
-
-    group_size: int = 8
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    minibatches: int = 1
-    epochs: int = 1
-    refill: int = 0
-    mask_truncated: bool = False
-    seed: int = 0
-    share_prompt: bool = True
-
-    def __post_init__(self) -> None:
-        least = {"group_size": 1, "max_new_tokens": 1, "minibatches": 1, "epochs": 1, "refill": 0, "seed": 0}
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ValueError(f"model.rollout.{name} must be {number} or more, got {getattr(self, name)}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"model.rollout.temperature must be above 0, got {self.temperature}")
-        if self.top_p != 1:
-            raise ValueError(
-                f"model.rollout.top_p is {self.top_p}: with less than 1, what is sampled is another distribution than "
-                "what is trained, and no weight makes up for tokens that are never drawn. Leave it at 1; "
-                "model.evaluation.top_p is free"
-            )
 
 
 class Rollouts:
@@ -219,14 +171,14 @@ class Rollouts:
         solver, self.evaluated = self.solver(how), groups
         for group in groups:
             solved = [_solved(answer.outcomes[solver], how.threshold) for answer in group.answers]
-            found = measures(solved, [_said(answer) for answer in group.answers], how.ks)
+            found = measures(solved, [said_at_last(answer) for answer in group.answers], how.ks)
             found |= {
                 "length": (float(sum(len(answer.ids) for answer in group.answers)), float(len(group.answers))),
                 "finished": (float(sum(answer.finished for answer in group.answers)), float(len(group.answers))),
             }
             rewards = [answer.reward for answer in group.answers if np.isfinite(answer.reward)]
             found["reward"] = (float(sum(rewards)), float(len(rewards)))
-            _merge(by_source.setdefault(names[group.source], {}), found)
+            merge(by_source.setdefault(names[group.source], {}), found)
         return by_source
 
     def solver(self, how: Evaluation) -> str:
@@ -293,7 +245,7 @@ class Rollouts:
         return groups
 
     def _add(self, sums: Sums) -> None:
-        _merge(self._sums, sums)
+        merge(self._sums, sums)
 
     # ---- checkpoints ----
 
@@ -337,37 +289,6 @@ def stops(data: ChatDataModule) -> tuple[int, ...]:
     return found
 
 
-def agreed(strategy: Strategy, work: Callable[[], T]) -> T:
-    """Does work that may fail on one rank, such that then all ranks stop, and none waits for it without end.
-
-    Raises:
-        RuntimeError: another rank failed.
-    """
-    error: Exception | None = None
-    out: Any = None
-    try:
-        out = work()
-    except Exception as raised:
-        error = raised
-    failed = strategy.reduce(torch.tensor(float(error is not None), device=strategy.root_device), reduce_op="sum")
-    if error is not None:
-        raise error
-    if float(failed) > 0:
-        raise RuntimeError("another rank failed while it sampled answers; its own message says why")
-    return out
-
-
-def added(strategy: Strategy, values: Tensor, how: str = "sum") -> Tensor:
-    """Values of all ranks added up, or with ``max`` the largest, on the CPU."""
-    return strategy.reduce(values.clone().to(strategy.root_device), reduce_op=how).cpu()  # pyright: ignore
-
-
-def numbered(*numbers: int) -> int:
-    """A seed in [0, 2**63), a function of the numbers alone."""
-    text = ",".join(map(str, numbers)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
-
-
 def _answer(sampled: Any, stop: Sequence[int], version: int) -> Answer:
     ids = np.asarray(sampled.ids, np.int32)
     logprobs = np.asarray(sampled.logprobs, np.float32)
@@ -384,46 +305,8 @@ def _solved(outcome: Outcome, threshold: float) -> bool | None:
     return outcome >= threshold if isinstance(outcome, float) else None
 
 
-def _merge(into: Sums, more: Sums) -> None:
+def merge(into: Sums, more: Sums) -> None:
+    """Adds sums and weights by name."""
     for name, (total, weight) in more.items():
         had = into.get(name, (0.0, 0.0))
         into[name] = (had[0] + total, had[1] + weight)
-
-
-def _said(answer: Answer) -> str | None:
-    """The final answer, such that equal ones are equal."""
-    found = final_answer(answer.said) if answer.said is not None else None
-    return " ".join(found.text.lower().split()) if found is not None else None
-
-
-def table(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Answers for a reader's eye, a row each: what was asked and said, every reward, the advantage, and the status.
-
-    ``status`` is ``ok``; ``truncated``; or ``error`` where a reward failed, which says why.
-    """
-    rows = []
-    for group in groups:
-        for answer in group.answers:
-            if answer.said is None:
-                continue
-            failed = any(isinstance(outcome, Failure) for outcome in answer.outcomes.values())
-            advantage = answer.tokens.get("advantages")
-            rows.append(
-                {
-                    "origin": str(answer.said.prompt.origin),
-                    "prompt": answer.said.prompt.messages[-1].content,
-                    "completion": answer.said.text,
-                    "expected": answer.said.prompt.answer,
-                    "rewards": {name: _shown(outcome) for name, outcome in answer.outcomes.items()},
-                    "reward": answer.reward if np.isfinite(answer.reward) else None,
-                    "advantage": None if advantage is None else float(np.nanmean(advantage)),
-                    "status": "error" if failed else "ok" if answer.finished else "truncated",
-                    "tokens": len(answer.ids),
-                    "version": answer.version,
-                }
-            )
-    return rows
-
-
-def _shown(outcome: Outcome) -> float | str | None:
-    return f"{outcome.reason}: {outcome.detail}" if isinstance(outcome, Failure) else outcome

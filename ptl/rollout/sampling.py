@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -242,3 +243,9 @@ def _inverted(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     found = torch.searchsorted(cdf, at, right=True).clamp_max(p.shape[-1] - 1)
     own = p.gather(1, found).double()
     return found, ((at - cdf.gather(1, found) + own) / own).clamp(0.0, 1.0)
+
+
+def numbered(*numbers: int) -> int:
+    """A seed in [0, 2**63), a function of the numbers alone."""
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

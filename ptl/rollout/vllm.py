@@ -17,7 +17,7 @@ from ptl.models.adapters import is_adapted
 from ptl.models.export import DTYPES, float_dtype
 from ptl.models.spec import CHANGES_BASE, ModelSpec
 from ptl.rollout.engine import Abilities, Asked, Draw, Draws, Engine
-from ptl.rollout.rollouts import agreed
+from ptl.rollout.ranks import agreed
 from ptl.rollout.sampling import Sampled
 from ptl.rollout.vllm_requests import RANKS, sampling
 from ptl.rollout.vllm_server import Server

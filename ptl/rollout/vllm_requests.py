@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ptl.rollout.engine import Asked, Draws
-from ptl.rollout.rollouts import numbered
+from ptl.rollout.sampling import numbered
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Adapter ranks that vLLM makes room for."""

@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ptl.models.adapters import save_adapter
 from ptl.models.heads import causal_lm
-from ptl.rollout.rollouts import agreed
+from ptl.rollout.ranks import agreed
 from ptl.strategies.partition import gathered
 
 if TYPE_CHECKING:

@@ -66,8 +66,8 @@ def build(
     from ptl.models.spec import LoRA, ModelSpec
     from ptl.objectives.ppo import PPO
     from ptl.objectives.ptx import PTX
-    from ptl.rollout.rollouts import Rollout
     from ptl.rollout.selfcheck import SelfCheck
+    from ptl.rollout.settings import Rollout
 
     adapter = LoRA(rank=4, alpha=8) if lora else None
     how: dict[str, Any] = {

@@ -144,8 +144,8 @@ def build(
     from ptl.models.spec import LoRA, ModelSpec
     from ptl.models.teachers import Teacher
     from ptl.objectives.grpo import GRPO
-    from ptl.rollout.rollouts import Rollout
     from ptl.rollout.selfcheck import SelfCheck
+    from ptl.rollout.settings import Rollout
 
     adapter = LoRA(rank=4, alpha=8) if lora else None
     held_to = Teacher(model=ModelSpec(name=f"{folder}/{reference}"), placement=placement) if reference else None  # pyright: ignore

@@ -26,9 +26,9 @@ from ptl.rewards.panel import RewardError
 from ptl.rollout.engine import Abilities, Asked, Draws, Engine
 from ptl.rollout.evaluation import Evaluation
 from ptl.rollout.hf import HF
-from ptl.rollout.rollouts import Rollout
 from ptl.rollout.sampling import Sampled, sample
 from ptl.rollout.selfcheck import SelfCheck, SelfCheckError
+from ptl.rollout.settings import Rollout
 from tests import tiny
 from tests.objectives import law, rl
 from tests.ranks import RanksFailedError, run_ranks

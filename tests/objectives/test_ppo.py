@@ -22,8 +22,8 @@ from ptl.models.spec import LoRA, ModelSpec
 from ptl.objectives.ppo import PPO
 from ptl.objectives.ppo_targets import correlation
 from ptl.objectives.ptx import PTX, Mix
-from ptl.rollout.rollouts import Rollout
 from ptl.rollout.selfcheck import SelfCheck
+from ptl.rollout.settings import Rollout
 from tests import tiny
 from tests.objectives import law, ppo_mdp, ppo_rl, rl
 

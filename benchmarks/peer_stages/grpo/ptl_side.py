@@ -14,8 +14,8 @@ from ptl.functional.policy_loss import PolicyLoss
 from ptl.models.spec import ModelSpec
 from ptl.objectives.grpo import GRPO
 from ptl.rewards.base import Completion, Outcome, Reward
-from ptl.rollout.rollouts import Rollout
 from ptl.rollout.selfcheck import SelfCheck
+from ptl.rollout.settings import Rollout
 from ptl.types import RolloutBatch
 
 
