@@ -13,6 +13,8 @@ A start costs about ten seconds of imports: put several cases in one function ra
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import importlib
 import json
 import os
@@ -28,10 +30,11 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTENSIONS = Path(tempfile.gettempdir()) / f"ptl-torch-extensions-{os.getuid()}"
-"""Where DeepSpeed keeps what it compiles, so that only the first start on a machine pays for it."""
-LOCK_SECONDS = 900.0
-"""A lock that is older is nobody's: a compilation takes minutes on a busy machine, never so many."""
+_WHERE = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+EXTENSIONS = Path(tempfile.gettempdir()) / f"ptl-torch-extensions-{os.getuid()}-{_WHERE}"
+"""Where DeepSpeed keeps what it compiles for this environment, so that only the first start pays for it."""
+COMPILE_SECONDS = 900.0
+"""A compilation takes minutes on a busy machine, never so many."""
 TAIL = 6000
 """Characters of each rank's output shown when a start fails."""
 GRACE = 10.0
@@ -73,14 +76,38 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+def compile_extensions() -> None:
+    """Compiles what DeepSpeed loads on a CPU, once for an environment and outside every test's time limit.
+
+    torch's own lock is a file that outlives a killed compilation, and every later start would wait for it without end.
+    The lock here goes with its process, and what a killed one left is removed under it.
+
+    Raises:
+        CalledProcessError: the compilation failed; the compiler's words are on stderr.
+        TimeoutExpired: it took longer than ``COMPILE_SECONDS``.
+    """
+    done = EXTENSIONS / "complete"
+    if done.exists():
+        return
+    EXTENSIONS.mkdir(parents=True, exist_ok=True)
+    with (EXTENSIONS / "compiling").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if done.exists():
+            return
+        for left in EXTENSIONS.glob("*/lock"):
+            left.unlink(missing_ok=True)
+        command = (
+            "from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder;"
+            "[builder().load(verbose=False) for builder in (ShareMemCommBuilder, CPUAdamBuilder)]"
+        )
+        env = {**os.environ, "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(EXTENSIONS), "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-c", command], cwd=ROOT, env=env, timeout=COMPILE_SECONDS, check=True)
+        done.touch()
+
+
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """The caller's environment with what a CPU rank needs: rendezvous, gloo, one thread, no network."""
-    EXTENSIONS.mkdir(parents=True, exist_ok=True)
-    for lock in EXTENSIONS.rglob("lock"):
-        # A compilation that was killed leaves its lock, and every later start would wait for it without end.
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - lock.stat().st_mtime > LOCK_SECONDS:
-                lock.unlink()
+    compile_extensions()
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {
         **os.environ,
