@@ -2,6 +2,7 @@
 
 ``python -m benchmarks.peers --stage sft --adapter none --dtype fp32`` runs both sides in turn, each in a fresh process,
 and adds one line to ``benchmarks/results/peers_<stage>.json``. Run it on a machine that does nothing else.
+``python -m benchmarks.peers table`` prints what was recorded of all stages.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import peer_stages, record
+from benchmarks import peer_stages, record, report
 from benchmarks.peer_tools.compare import Measured, Pair, check_same_work, compare, run_side
 
 STAGES = tuple(sorted(module.name for module in pkgutil.iter_modules(peer_stages.__path__)))
@@ -124,7 +125,11 @@ def result(args: argparse.Namespace, spec: dict[str, Any], pairs: Sequence[Pair]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words == ["table"]:
+        print(report.peers())
+        return 0
+    args = parse(words)
     stage = stage_module(args.stage)
     peer = peer_name(args.stage) if args.only != "ptl" else ""
     with tempfile.TemporaryDirectory() as name:

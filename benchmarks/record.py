@@ -75,6 +75,11 @@ def _portable(word: str) -> str:
     return flag + sep + value
 
 
+def today() -> str:
+    """Date and time in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
 def append(name: str, result: Mapping[str, Any], *, device: str = "cpu", folder: Path = RESULTS) -> dict[str, Any]:
     """Adds the common keys to ``result``, appends it as one line to ``folder/name.json`` and returns the line.
 
@@ -93,7 +98,7 @@ def append(name: str, result: Mapping[str, Any], *, device: str = "cpu", folder:
     line = {
         "benchmark": name,
         "device": device_name(device) if "device" not in result else None,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": today(),
         "command": command(),
         "versions": versions(),
         **result,

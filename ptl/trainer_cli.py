@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from ptl.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, latest_checkpoint
+from ptl.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, foreign_checkpoints, latest_checkpoint
+from ptl.callbacks.exit_codes import REQUEUE, REWIND, PreemptedError
 from ptl.callbacks.export import Export
-from ptl.callbacks.health import DivergedError, Health
+from ptl.callbacks.facts import run_tags
+from ptl.callbacks.health import DivergedError, Health, RewindError
 from ptl.callbacks.jsonl import JsonlLogger
-from ptl.callbacks.record import RunRecord
+from ptl.callbacks.preemption import Preemption
+from ptl.callbacks.record import RunRecord, run_folder
 from ptl.callbacks.redact import redact
+from ptl.callbacks.stragglers import Stragglers
 from ptl.callbacks.throughput import Throughput
+from ptl.callbacks.wandb_run import WandbRun
+from ptl.callbacks.watchdog import Watchdog
 from ptl.config_errors import explain
 from ptl.data.audit import DUPLICATE
 from ptl.data.module import ChatDataModule
 from ptl.objectives.base import Objective
 from ptl.rewards.panel import RewardError
 from ptl.strategies.deepspeed import ZeROStrategy
+from ptl.strategies.flight import set_flight_recorder
+from ptl.strategies.meeting import meet
+from ptl.strategies.slurm import check_job
 
 _RUN_DIR = "PTL_RUN_DIR"
 _TRACEBACK = "PTL_TRACEBACK"
@@ -46,10 +60,12 @@ class Run:
             several processes.
         resume: ``never`` refuses a folder that holds checkpoints; ``auto`` goes on from its newest whole one, or
             starts where there is none.
+        meeting_minutes: how long the ranks of a job wait for each other at the start; then those missing are named.
     """
 
     dir: str | None = None
     resume: Literal["never", "auto"] = "never"
+    meeting_minutes: float = 10.0
 
 
 class Parser(LightningArgumentParser):
@@ -69,11 +85,13 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         text = redact(self.parser.dump(self.config, skip_none=False))
-        folder = Path(trainer.default_root_dir)
+        folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(text, encoding="utf-8")
+        # As JSON, since YAML would read the mask of a secret as a list.
+        tree = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))
         for logger in trainer.loggers:
-            logger.log_hyperparams({"config": text})
+            logger.log_hyperparams(tree if isinstance(logger, WandbRun) else {"config": text})
 
 
 class PTLCLI(LightningCLI):
@@ -98,8 +116,11 @@ class PTLCLI(LightningCLI):
         parser.add_class_arguments(Run, "run")
         # Callbacks of every run have keys of their own, so that a user's `trainer.callbacks` list never drops them.
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(Preemption, "preemption")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(Health, "health")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
+        parser.add_lightning_class_args(Stragglers, "stragglers")
         parser.add_lightning_class_args(Export, "export")
 
     # ---- building ----
@@ -113,15 +134,27 @@ class PTLCLI(LightningCLI):
         loggers: list[Logger] = [] if given in (None, True, False) else given if isinstance(given, list) else [given]
         strategy = self._get(self.config_init, "trainer.strategy")
         plugins = list(self._get(self.config_init, "trainer.plugins") or [])
+        if self.subcommand == "fit":
+            check_job(self._get(self.config_init, "trainer.devices"), self._get(self.config_init, "trainer.num_nodes"))
+        if SLURMEnvironment.detect():
+            # The batch script requeues, when the run has left at a step boundary; Lightning would save in the handler.
+            plugins.append(SLURMEnvironment(auto_requeue=False))
         if not isinstance(strategy, ZeROStrategy):  # whose checkpoints are folders, published by itself
             plugins.append(AtomicCheckpointIO())
-        return super().instantiate_trainer(
+        trainer = super().instantiate_trainer(
             plugins=plugins,
             logger=[JsonlLogger(self.run_dir), *loggers],
-            default_root_dir=str(self.run_dir),
+            # Not the run folder itself in a fit: Lightning would go on from any hpc_ckpt_*.ckpt that lies there.
+            default_root_dir=str(self.run_dir / "lightning" if self.subcommand == "fit" else self.run_dir),
             use_distributed_sampler=False,
             **kwargs,
         )
+        for logger in loggers:
+            if isinstance(logger, WandbRun):
+                kind = type(self.model).__module__.rpartition(".")[2]  # as configs/objective names it
+                sources = [source.label for source in self.datamodule.train_sources]
+                logger.bind(self.run_dir, job_type=kind, tags=run_tags(self.model.spec, sources, trainer.strategy))
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         self.datamodule.bind(view=self.model.view, tokenizer=self.model.spec.name)
@@ -129,9 +162,19 @@ class PTLCLI(LightningCLI):
     # ---- running ----
 
     def before_fit(self) -> None:
-        self.trainer.callbacks.append(RunRecord(self.run_dir))  # pyright: ignore[reportAttributeAccessIssue]
+        watched = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, Checkpoint) and c.monitor]
+        result = {"monitor": watched[0].monitor, "mode": watched[0].mode} if watched else {}
+        self.trainer.callbacks.append(RunRecord(self.run_dir, **result))  # pyright: ignore[reportAttributeAccessIssue]
         if self.resume_from is not None:
             self.config_init["fit"]["ckpt_path"] = str(self.resume_from)
+        if self.trainer.strategy.root_device.type == "cuda":
+            set_flight_recorder(self.run_dir / "flight")
+        environment = getattr(self.trainer.strategy, "cluster_environment", None)
+        if environment is not None:
+            run: Run = self._get(self.config_init, "run") or Run()
+            self.meeting = meet(
+                environment, 60 * run.meeting_minutes
+            )  # kept: rank 0's process group listens through it
         # Before any process group exists, so that ranks that wait cannot run into a collective's time-out.
         self.datamodule.prepare()
         if rank_zero_only.rank == 0:
@@ -185,6 +228,12 @@ def run_dir(run: Run, objective: str) -> Path:
 
 
 def _checkpoint_of(folder: Path, resume: str) -> Path | None:
+    if (strange := foreign_checkpoints(folder)) and rank_zero_only.rank == 0:
+        print(
+            f"ptl: warning: {strange[0]}{' and others' if len(strange) > 1 else ''} was saved by another run and is "
+            "left alone; to start from it, pass it as --ckpt_path",
+            file=sys.stderr,
+        )
     newest = latest_checkpoint(folder)
     if newest is not None and resume == "never":
         raise ValueError(
@@ -205,17 +254,54 @@ def _own_environment() -> Iterator[None]:
             os.environ.pop(_RUN_DIR, None)
 
 
+@contextlib.contextmanager
+def _leaving_on_signals() -> Iterator[None]:
+    """A signal before the first step, while data and models are loaded, ends the run as one that comes later.
+
+    From the first step on ``Preemption`` takes the signals.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:
+            return
+        if number == signal.SIGTERM:
+            # Mostly srun's, because another rank has failed: whose code shall be the job's, which is the highest.
+            sys.exit(1)
+        raise PreemptedError(0, signal.Signals(number).name, "nothing, the first step had not begun")
+
+    process = os.getpid()
+    former: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        former = {number: signal.signal(number, leave) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
 def run(argv: Sequence[str]) -> int:
     """Runs a training command; a user's mistake is one line on stderr and code 2.
 
     The traceback of a mistake is shown with ``PTL_TRACEBACK=1``; any other exception keeps its traceback.
     """
     sys.argv = [sys.argv[0], *argv]  # Lightning starts further ranks with the same command line
-    with _own_environment():
+    with _own_environment(), _leaving_on_signals():
         try:
             PTLCLI()
         except SystemExit as stop:
             return int(stop.code or 0)
+        except PreemptedError as left:
+            # One rank says so by its code; srun would kill the others, which may still be closing their loggers.
+            if rank_zero_only.rank != 0:
+                return 0
+            print(f"ptl: {left}; the same command with --run.resume auto goes on", file=sys.stderr)
+            return REQUEUE
+        except RewindError as diverged:
+            if rank_zero_only.rank != 0:
+                return 0
+            print(f"ptl: rewind: {diverged}", file=sys.stderr)
+            return REWIND
         except (ValueError, OSError, MisconfigurationException, DivergedError, RewardError) as mistake:
             if os.environ.get(_TRACEBACK):
                 traceback.print_exc()

@@ -14,6 +14,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import pytest
 
 from tests import tiny
+from tests.ranks import EXTENSIONS
+
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
 
 
 @pytest.fixture(scope="session")

@@ -79,9 +79,6 @@ def free_port() -> int:
 def compile_extensions() -> None:
     """Compiles what DeepSpeed loads on a CPU, once for an environment and outside every test's time limit.
 
-    torch's own lock is a file that outlives a killed compilation, and every later start would wait for it without end.
-    The lock here goes with its process, and what a killed one left is removed under it.
-
     Raises:
         CalledProcessError: the compilation failed; the compiler's words are on stderr.
         TimeoutExpired: it took longer than ``COMPILE_SECONDS``.
@@ -94,11 +91,10 @@ def compile_extensions() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if done.exists():
             return
-        for left in EXTENSIONS.glob("*/lock"):
-            left.unlink(missing_ok=True)
         command = (
             "from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder;"
-            "[builder().load(verbose=False) for builder in (ShareMemCommBuilder, CPUAdamBuilder)]"
+            "from ptl.strategies.extensions import load_extension;"
+            "[load_extension(builder()) for builder in (ShareMemCommBuilder, CPUAdamBuilder)]"
         )
         env = {**os.environ, "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(EXTENSIONS), "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, "-c", command], cwd=ROOT, env=env, timeout=COMPILE_SECONDS, check=True)

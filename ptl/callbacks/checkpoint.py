@@ -6,11 +6,13 @@ made whole here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +24,10 @@ from torch import Tensor, nn
 
 from ptl.callbacks.record import run_folder
 from ptl.data.durable import TEMPORARY, replacing
+from ptl.data.run_identity import run_id
+from ptl.strategies.agreement import StepAgreement
 from ptl.strategies.checkpoints import CheckpointError, latest_complete, read_record
+from ptl.strategies.zero_checkpoints import RUN_KEY
 
 FOLDER = "checkpoints"
 
@@ -87,6 +92,7 @@ class Checkpoint(ModelCheckpoint):
         save_top_k: checkpoints that are kept; without ``monitor`` 1, -1 for all or 0 for none.
         every_n_train_steps: optimizer steps between saves; by default each epoch's end is saved, or with ``monitor``
             each validation.
+        every_n_minutes: minutes of rank 0's clock between saves, besides those by steps or epochs.
         kwargs: the other arguments of Lightning's ModelCheckpoint.
 
     Raises:
@@ -102,10 +108,16 @@ class Checkpoint(ModelCheckpoint):
         mode: Literal["min", "max"] = "min",
         save_top_k: int = 1,
         every_n_train_steps: int | None = None,
+        every_n_minutes: float | None = None,
         enable_version_counter: bool = False,
         auto_insert_metric_name: bool = False,
         **kwargs: Any,
     ) -> None:
+        if every_n_minutes is not None and (every_n_minutes <= 0 or monitor is not None):
+            raise ValueError(
+                f"checkpoint.every_n_minutes must be above 0 and goes without monitor, got {every_n_minutes} with "
+                f"monitor {monitor!r}"
+            )
         if monitor is None and every_n_train_steps is None:
             kwargs.setdefault("save_on_train_epoch_end", True)
         super().__init__(
@@ -119,6 +131,13 @@ class Checkpoint(ModelCheckpoint):
             auto_insert_metric_name=auto_insert_metric_name,
             **kwargs,
         )
+        self.every_n_minutes = every_n_minutes
+        self.slowest_save = 0.0
+        """Seconds of the slowest save of this process."""
+        self._minutes: StepAgreement | None = None
+        self._saved_at = time.monotonic()
+        self._wanted = self._deferred = False
+        self._newest = ""
         self._saved_step = -1
         self._resumed_from: Path | None = None
 
@@ -143,34 +162,98 @@ class Checkpoint(ModelCheckpoint):
         inside = resumed is not None and self.dirpath is not None and Path(self.dirpath) in resumed.parents
         self._resumed_from = resumed if inside else None
         self._saved_step = trainer.global_step if inside else -1
+        self._minutes = StepAgreement(trainer.world_size) if self.every_n_minutes else None
+        self._saved_at = time.monotonic()
+        self._wanted = self._deferred = False
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.global_step == trainer.max_steps:
+        step = trainer.global_step
+        if self._minutes is not None and self.every_n_minutes and self._ends_step(trainer, batch_idx):
+            due = trainer.is_global_zero and time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+            self._wanted = self._minutes.exchange([due])[0] or self._wanted
+        if self.monitor is None and step != trainer.max_steps and pauses_after(trainer, batch_idx):
+            every = self._every_n_train_steps
+            self._deferred = self._wanted or bool(every and step and step % every == 0)
+            return
+        self._timed(super().on_train_batch_end, trainer, pl_module, outputs, batch, batch_idx)
+        if step == trainer.max_steps:
             self._save_last(trainer)
+        if self._wanted and self._ends_step(trainer, batch_idx):
+            self.save_now(trainer)
         self._drop_resumed(trainer)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._timed(super().on_validation_end, trainer, pl_module)
+        if self._deferred and not trainer.sanity_checking and not trainer.is_last_batch:
+            self.save_now(trainer)
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
+        self._timed(super().on_train_epoch_end, trainer, pl_module)
+        if self._deferred:
+            self.save_now(trainer)
         if trainer.current_epoch + 1 == trainer.max_epochs:
             self._save_last(trainer)
         self._drop_resumed(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self._minutes is not None:
+            self._minutes.close()
+
+    def request(self) -> None:
+        """Saves at the end of this optimizer step, or behind the validation or the end of the epoch that follows it.
+
+        Lightning takes what follows the batch of a checkpoint for done when the run goes on, so that a checkpoint in
+        front of a validation would lose it. All ranks call this at the same step.
+        """
+        self._wanted = True
+
+    def saved(self, step: int) -> bool:
+        """Whether this optimizer step has been saved."""
+        return self._saved_step == step and not self._wanted
+
+    @property
+    def newest(self) -> str:
+        """Path of what was saved last."""
+        return self._newest or self.best_model_path
+
+    def _ends_step(self, trainer: L.Trainer, batch_idx: int) -> bool:
+        return trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+    def _timed(self, save: Callable[..., None], *arguments: Any) -> None:
+        started, before = time.monotonic(), self._saved_step
+        save(*arguments)
+        if self._saved_step != before:
+            self.slowest_save = max(self.slowest_save, time.monotonic() - started)
 
     def _save_last(self, trainer: L.Trainer) -> None:
         """Saves the step that ends the training, so that a longer run can go on from it.
 
         Here and not at the end of the fit: by then Lightning has counted a partial epoch as done.
         """
-        saved = self._saved_step == trainer.global_step
-        if saved or self.monitor is not None or not self.save_top_k or getattr(trainer, "fast_dev_run", False):
+        if self.monitor is None and self.save_top_k and not getattr(trainer, "fast_dev_run", False):
+            self.save_now(trainer)
+
+    def save_now(self, trainer: L.Trainer) -> None:
+        """Saves this optimizer step unless that is done. All ranks call it together.
+
+        A callback with ``monitor`` saves it beside what it keeps.
+        """
+        self._wanted = self._deferred = False
+        if self._saved_step == trainer.global_step:
             return
-        previous = self.best_model_path
         metrics = {"step": torch.tensor(trainer.global_step), "epoch": torch.tensor(trainer.current_epoch)}
-        self.best_model_path = self.format_checkpoint_name({**trainer.callback_metrics, **metrics})
-        trainer.save_checkpoint(self.best_model_path, self.save_weights_only)
-        if self.save_top_k == 1 and previous not in ("", self.best_model_path):
+        path = self.format_checkpoint_name({**trainer.callback_metrics, **metrics})
+        if self.monitor is not None:
+            path = os.path.join(str(self.dirpath), f"step={trainer.global_step:08d}{self.FILE_EXTENSION}")
+        previous = self.best_model_path
+        if self.monitor is None:
+            self.best_model_path = path  # so that the checkpoint itself names it
+        self._timed(trainer.save_checkpoint, path, self.save_weights_only)
+        self._newest = path
+        if self.monitor is None and self.save_top_k == 1 and previous not in ("", path):
             trainer.strategy.remove_checkpoint(previous)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -179,7 +262,10 @@ class Checkpoint(ModelCheckpoint):
         problem = trainer.strategy.broadcast(problem)
         if problem:
             raise CheckpointError(problem)
+        if own := run_id(run_folder(trainer)):
+            checkpoint[RUN_KEY] = own
         self._saved_step = trainer.global_step
+        self._saved_at = time.monotonic()
 
     def _no_room(self, checkpoint: Mapping[str, Any], module: nn.Module) -> str | None:
         """Says that the disk cannot hold this checkpoint, when that is certain."""
@@ -207,6 +293,19 @@ class Checkpoint(ModelCheckpoint):
             trainer.strategy.remove_checkpoint(str(old))
 
 
+def pauses_after(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether a validation or the end of the epoch follows this batch."""
+    if trainer.is_last_batch:
+        return True
+    every, interval = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    if not trainer.enable_validation or interval is None or interval == float("inf"):
+        return False
+    if every is not None and (trainer.current_epoch + 1) % every:
+        return False
+    batches = batch_idx + 1 if every is not None else trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    return batches % int(interval) == 0
+
+
 def trainable_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """What of a module's state dict training can change: the rest is rebuilt from the names of its parts.
 
@@ -231,32 +330,51 @@ def trainable_state_dict(module: nn.Module) -> dict[str, Tensor]:
 def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
     """The whole checkpoint of the most steps in a run folder, a file or a ZeRO folder; None where there is none.
 
-    What a killed save left is passed over. Of two with as many steps the one written last is taken.
+    What a killed save left is passed over, and what another run has saved (``foreign_checkpoints``). Of two with as
+    many steps the one written last is taken.
 
     Arguments:
         run_dir: the run folder, or its ``checkpoints``.
     """
-    folder = Path(run_dir)
-    folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
-    found = [(step, path.stat().st_mtime, path) for path, step in _whole_files(folder)]
-    sharded = latest_complete(folder)
+    folder, own = _folder_and_run(run_dir)
+    found = [(step, path.stat().st_mtime, path) for path, step, run in _whole_files(folder) if run in (None, own)]
+    sharded = latest_complete(folder, skip=lambda record: record.run not in (None, own))
     if sharded is not None:
         record = read_record(sharded)
         found.append((record.global_step, record.saved_at, sharded))
     return max(found)[2] if found else None
 
 
-def _whole_files(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Single-file checkpoints that can be read, and their optimizer steps."""
+def foreign_checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
+    """Whole checkpoints in a run folder that carry another run's id: somebody has copied them there."""
+    folder, own = _folder_and_run(run_dir)
+    found = [path for path, _, run in _whole_files(folder) if run not in (None, own)]
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.name.startswith("."):
+            with contextlib.suppress(CheckpointError):
+                found += [path] if read_record(path).run not in (None, own) else []
+    return sorted(found)
+
+
+def _folder_and_run(run_dir: str | os.PathLike[str]) -> tuple[Path, str | None]:
+    """Where the checkpoints are, and the id of the run that the folder belongs to."""
+    folder = Path(run_dir)
+    folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
+    return folder, run_id(folder.parent if folder.name == FOLDER else folder)
+
+
+def _whole_files(folder: Path) -> Iterator[tuple[Path, int, str | None]]:
+    """Single-file checkpoints that can be read, their optimizer steps and their run's id."""
     for path in folder.glob("*.ckpt") if folder.is_dir() else ():
         if path.is_file() and not path.name.startswith("."):
             try:
                 # Memory-mapped: only the structure is read, not the tensors.
-                yield path, int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
+                saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                yield path, int(saved["global_step"]), saved.get(RUN_KEY)
             except pickle.UnpicklingError:
                 # Whole, but with objects that only its owner can vouch for: the name has to do.
                 step = re.search(r"step=(\d+)", path.name)
-                yield path, int(step.group(1)) if step else 0
+                yield path, int(step.group(1)) if step else 0, None
             except (RuntimeError, OSError, EOFError, KeyError, ValueError):
                 continue
 

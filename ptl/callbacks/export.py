@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 
 from ptl.callbacks.health import EngineStrategy
 from ptl.callbacks.record import run_folder
+from ptl.data.durable import write_text
+from ptl.data.run_identity import run_id
 from ptl.models.adapters import is_adapted
 from ptl.models.export import export
 from ptl.strategies.partition import consolidated_state_dict
@@ -23,6 +27,10 @@ if TYPE_CHECKING:
     from ptl.models.spec import ModelSpec
 
 FOLDER, ADAPTER_FOLDER = "export", "export_adapter"
+MANIFEST = "stage.json"
+"""In the run folder, written last: what a following stage of a pipeline starts from."""
+HASHED_BYTES = 64 * 2**20
+"""Larger files are named with their size alone: to read a large model again would take as long as to write it."""
 
 
 class Export(L.Callback):
@@ -92,6 +100,7 @@ class Export(L.Callback):
             try:
                 spec = getattr(pl_module, "spec", None)
                 written = self._write(run_folder(trainer), policy, renderer, state, spec, files)
+                write_manifest(run_folder(trainer), written, type(pl_module).__name__, trainer.global_step)
             except (ValueError, OSError) as error:
                 problem = error
         # Rank 0's mistake is every rank's: none waits for one that has left.
@@ -136,6 +145,26 @@ class Export(L.Callback):
             state |= {name: tensor for name, tensor in best.items() if name in state}
             files = self._files.get(int(saved["global_step"]), files)
         return state, files
+
+
+def write_manifest(run_dir: Path, folders: Sequence[Path], objective: str, step: int) -> None:
+    """Writes ``RUN/stage.json``: the objective, the run's id, and each exported folder with its files."""
+    exports = {
+        folder.name: {
+            path.name: {"bytes": path.stat().st_size, **_digest(path)}
+            for path in sorted(folder.iterdir())
+            if path.is_file()
+        }
+        for folder in folders
+    }
+    manifest = {"objective": objective, "run": run_id(run_dir), "global_step": step, "exports": exports}
+    write_text(run_dir / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+
+
+def _digest(path: Path) -> dict[str, str]:
+    if path.stat().st_size > HASHED_BYTES:
+        return {}
+    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def _best_keeper(trainer: L.Trainer) -> ModelCheckpoint | None:

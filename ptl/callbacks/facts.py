@@ -9,6 +9,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,26 @@ def environment(trainer: L.Trainer) -> dict[str, Any]:
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "variables": {name: redact(value) for name, value in found.items()},
     }
+
+
+def run_tags(spec: Any, sources: Iterable[str], strategy: Any) -> list[str]:
+    """Tags of a run: model, data sets, strategy, adapter and quantisation, cluster.
+
+    Args:
+        spec: the policy's ``ModelSpec``.
+        sources: labels of the training data.
+        strategy: the trainer's.
+    """
+    stage = getattr(strategy, "stage", None)
+    kind = f"zero{stage}" if stage is not None else type(strategy).__name__.removesuffix("Strategy").lower()
+    made = [_short(spec.name), *map(_short, sources), kind, "lora" if spec.adapter is not None else "full"]
+    made += [spec.quantize, os.environ.get("SLURM_CLUSTER_NAME")]
+    return list(dict.fromkeys(tag for tag in made if tag))
+
+
+def _short(name: str) -> str:
+    """A hub name as it is; of a path and of an address what tells it apart."""
+    return name if name.count("/") == 1 and not name.startswith((".", "/")) else Path(name.split("?")[0]).name
 
 
 def _memory_gib() -> float | None:

@@ -4,12 +4,13 @@
 
     RUN/command.txt      one line an attempt          RUN/git.json, git.diff     code, with uncommitted changes
     RUN/versions.json    Python, CUDA, packages       RUN/environment.json       host, devices, ranks, scheduler ids
-    RUN/model.json       parameters                   RUN/audit.json, data.json  what the data holds
+    RUN/model.json       parameters                   RUN/audit.json, data.json  what the data holds, and its digests
+    RUN/run.json         its id, also W&B's           RUN/deepspeed.json         DeepSpeed's config as its engine got it
     RUN/attempts.jsonl   starts and ends              RUN/metrics.jsonl          one row a log call (JsonlLogger)
     RUN/summary.json     the result                   RUN/checkpoints, RUN/export, RUN/samples.jsonl
 
 The command line writes ``config.yaml`` beside them. Rank 0 alone writes, each file whole or not at all, without
-secrets.
+secrets. A W&B logger is told the same.
 """
 
 from __future__ import annotations
@@ -24,17 +25,23 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
+from ptl.callbacks.exit_codes import PreemptedError
 from ptl.callbacks.facts import command_line, environment, git_state, versions
 from ptl.callbacks.jsonl import METRICS_FILE, JsonlLogger, read_rows
 from ptl.callbacks.redact import redact, redact_tree
 from ptl.callbacks.shape import parameter_counts
 from ptl.callbacks.throughput import Throughput
+from ptl.callbacks.wandb_run import WandbRun, tell
 from ptl.data.durable import append_line, write_text
+from ptl.data.fingerprints import template_digest
+from ptl.data.run_identity import make_run_id
 
 ATTEMPTS_FILE = "attempts.jsonl"
 SUMMARY_FILE = "summary.json"
+MAIN_PACKAGES = ("lightning", "transformers", "deepspeed", "peft", "datasets", "bitsandbytes", "vllm", "wandb", "numpy")
+"""Packages whose versions a table of runs can show; ``versions.json`` has all."""
 
 
 class RunRecord(L.Callback):
@@ -53,7 +60,7 @@ class RunRecord(L.Callback):
             raise ValueError(f"RunRecord.mode must be min or max, got {mode!r}")
         self.run_dir = Path(run_dir)
         self.monitor = monitor
-        self.mode = mode
+        self.mode: Literal["min", "max"] = mode
         self._best: dict[str, float | int] | None = None
         self._last: dict[str, float | int] | None = None
         self._attempt = 0
@@ -64,16 +71,18 @@ class RunRecord(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or not trainer.is_global_zero:
             return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        make_run_id(self.run_dir)
         self._started = time.time()
         attempts = self.run_dir / ATTEMPTS_FILE
         self._attempt = 1 + sum(row.get("event") == "start" for row in _rows(attempts))
-        append_line(self.run_dir / "command.txt", command_line())
+        command = command_line()
+        append_line(self.run_dir / "command.txt", command)
         state, diff = git_state(Path.cwd())
         self._write("git.json", state)
         if diff:
             write_text(self.run_dir / "git.diff", diff)
-        self._write("versions.json", versions())
+        found = versions()
+        self._write("versions.json", found)
         facts = environment(trainer)
         self._write("environment.json", facts)
         start = {
@@ -87,6 +96,12 @@ class RunRecord(L.Callback):
             "variables": facts["variables"],
         }
         append_line(attempts, json.dumps(redact_tree(start)))
+        told = {"command": command, "git": state, "versions": _main_versions(found), "environment": facts}
+        told["attempts"] = [row for row in _rows(attempts) if row.get("event") == "start"]
+        files = [self.run_dir / name for name in ("versions.json", *(("git.diff",) if diff else ()))]
+        for logger in _wandb_runs(trainer):
+            logger.watch_result(self.monitor, self.mode)
+            logger.describe(_plain(told), files)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -95,11 +110,19 @@ class RunRecord(L.Callback):
             if isinstance(logger, JsonlLogger):
                 logger.mark_start(trainer.global_step)
         total, trainable = parameter_counts(getattr(pl_module, "policy", pl_module))
-        self._write("model.json", {"parameters": total, "trainable_parameters": trainable})
+        told: dict[str, Any] = {"model": {"parameters": total, "trainable_parameters": trainable}}
         data: Any = getattr(trainer, "datamodule", None)
         if hasattr(data, "audits"):
             self._write("audit.json", {name: audit.as_dict() for name, audit in data.audits.items()})
-            self._write("data.json", data.summary())
+            told["data"] = {**data.summary(), **_digests(data)}
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            told["deepspeed"] = trainer.strategy.config
+        for name, facts in told.items():
+            self._write(f"{name}.json", facts)
+        for logger in _wandb_runs(trainer):
+            logger.describe(_plain(told))
+            if "data" in told:
+                logger.data_set(data_sources(data), _plain(told["data"]))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         value = trainer.callback_metrics.get(self.monitor)
@@ -115,7 +138,7 @@ class RunRecord(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if trainer.is_global_zero and self._attempt:
-            status = "failed" if isinstance(exception, Exception) else "interrupted"
+            status = _status(exception)
             self._finish(trainer, status, f"{type(exception).__name__}: {exception}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,35 +159,44 @@ class RunRecord(L.Callback):
         append_line(self.run_dir / ATTEMPTS_FILE, json.dumps({**end, "step": trainer.global_step}))
         summary = self._summary(trainer, status, error)
         self._write(SUMMARY_FILE, summary)
+        flat = _flat(redact_tree(summary))
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.summary.update(_flat(redact_tree(summary)))
+            if isinstance(logger, WandbRun):
+                logger.conclude(flat, status)
+            else:
+                tell(logger, lambda run: run.summary.update(flat))
 
     def _summary(self, trainer: L.Trainer, status: str, error: str | None) -> dict[str, Any]:
         meter = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # pyright: ignore[reportAttributeAccessIssue]
         saved = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         best = next((c.best_model_path for c in saved if c.monitor), "")
         newest = next((c.best_model_path for c in saved if not c.monitor), "")
+        spent = attempt_times(self.run_dir)
+        hours = sum(seconds * devices for seconds, devices in spent) / 3600
+        price = meter.price_per_device_hour if meter else None
         return {
             "status": status,
             "error": error,
             "global_step": trainer.global_step,
             "epoch": trainer.current_epoch,
             "monitor": self.monitor,
+            "mode": self.mode,
             "best": self._best,
             "final": self._last,
             "throughput": meter.summary() if meter else None,
             "wall_seconds": time.time() - self._started,
-            "wall_seconds_all_attempts": wall_seconds(self.run_dir),
+            "wall_seconds_all_attempts": sum(seconds for seconds, _ in spent),
+            "device_hours": hours,
+            "cost": None if price is None else hours * price,
             "attempts": self._attempt,
+            "restarts": self._attempt - 1,
             "devices": trainer.world_size,
             "best_checkpoint": _relative(best, self.run_dir),
             "last_checkpoint": _relative(newest, self.run_dir),
         }
 
     def _write(self, name: str, value: Any) -> None:
-        text = json.dumps(redact_tree(_finite(value)), indent=2, default=str, allow_nan=False)
-        write_text(self.run_dir / name, text + "\n")
+        write_text(self.run_dir / name, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
 
 
 def run_folder(trainer: L.Trainer) -> Path:
@@ -175,18 +207,56 @@ def run_folder(trainer: L.Trainer) -> Path:
     return Path(trainer.default_root_dir)
 
 
-def wall_seconds(run_dir: Path) -> float:
-    """Seconds that all attempts of a run took; one that was killed counts up to its last row of metrics."""
+def attempt_times(run_dir: Path) -> list[tuple[float, int]]:
+    """Seconds and devices of each attempt of a run; one that was killed counts up to its last row of metrics."""
     attempts = _rows(run_dir / ATTEMPTS_FILE)
     logged = [row["time"] for row in _rows(run_dir / METRICS_FILE) if isinstance(row.get("time"), int | float)]
     ends = {row["attempt"]: row["time"] for row in attempts if row.get("event") == "end"}
     starts = [row for row in attempts if row.get("event") == "start"]
-    total = 0.0
+    out = []
     for row, following in zip(starts, [*starts[1:], None], strict=True):
         until = following["time"] if following else math.inf
         signs = [moment for moment in logged if row["time"] <= moment < until]
-        total += ends.get(row["attempt"], max(signs, default=row["time"])) - row["time"]
-    return total
+        seconds = ends.get(row["attempt"], max(signs, default=row["time"])) - row["time"]
+        out.append((seconds, int(row.get("world_size") or 1)))
+    return out
+
+
+def data_sources(data: Any) -> dict[str, str]:
+    """Path of each source of a ``ChatDataModule``, by its part, number and name."""
+    parts = {"train": data.train_sources, "val": data.val_sources}
+    return {
+        f"{part}_{i}_{Path(source.label).name}": source.path
+        for part, sources in parts.items()
+        for i, source in enumerate(sources)
+    }
+
+
+def _digests(data: Any) -> dict[str, Any]:
+    """What names the data: the key of each part's prepared rows, over files, tokenizer and template; the template."""
+    parts = ("train", "val") if data.val_sources or data.val_fraction else ("train",)
+    keys = {part: data.prepared_rows(part).path.name for part in parts}
+    return {"fingerprints": keys, "template_sha256": template_digest(data.renderer)}
+
+
+def _main_versions(found: dict[str, Any]) -> dict[str, Any]:
+    packages = found["packages"]
+    named = {name: packages[name] for name in MAIN_PACKAGES if name in packages}
+    return {**{name: value for name, value in found.items() if name != "packages"}, **named}
+
+
+def _wandb_runs(trainer: L.Trainer) -> list[WandbRun]:
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbRun)]
+
+
+def _status(exception: BaseException) -> str:
+    if isinstance(exception, PreemptedError):
+        return "preempted"
+    from ptl.callbacks.rewind import RewindError  # which needs this module
+
+    if isinstance(exception, RewindError):
+        return "rewound"
+    return "failed" if isinstance(exception, Exception) else "interrupted"
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -198,6 +268,11 @@ def _relative(path: str, folder: Path) -> str | None:
         return None
     resolved = Path(path).resolve()
     return str(resolved.relative_to(folder.resolve())) if resolved.is_relative_to(folder.resolve()) else redact(path)
+
+
+def _plain(value: Any) -> Any:
+    """A tree as JSON has it, without secrets; what JSON lacks as strings."""
+    return json.loads(json.dumps(redact_tree(_finite(value)), default=str))
 
 
 def _finite(value: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -40,19 +40,30 @@ class Throughput(L.Callback):
         every_n_steps: optimizer steps of a window; the trainer's ``log_every_n_steps`` by default.
         warmup: first optimizer steps of this process that are left out.
         peak_flops: dense peak of one device in operations a second, for a device that is not in the table.
+        price_per_device_hour: what a device costs for an hour, in any currency; the run's summary has the cost then.
 
     Raises:
         ValueError: a number out of its range.
     """
 
-    def __init__(self, *, every_n_steps: int | None = None, warmup: int = 10, peak_flops: float | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        every_n_steps: int | None = None,
+        warmup: int = 10,
+        peak_flops: float | None = None,
+        price_per_device_hour: float | None = None,
+    ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"Throughput.every_n_steps must be 1 or more, got {every_n_steps}")
         if warmup < 0:
             raise ValueError(f"Throughput.warmup must be 0 or more, got {warmup}")
+        if price_per_device_hour is not None and not price_per_device_hour >= 0:
+            raise ValueError(f"Throughput.price_per_device_hour must be 0 or more, got {price_per_device_hour}")
         self.every_n_steps = every_n_steps
         self.warmup = warmup
         self.peak_flops = peak_flops
+        self.price_per_device_hour = price_per_device_hour
         self._shape: ModelShape | None = None
         self._peak: float | None = None
         self._timer: StepTimer | None = None
@@ -218,7 +229,8 @@ class Throughput(L.Callback):
         """
         out: dict[str, Any] = {"warmup_steps": self.warmup, "measured_steps": len(self._durations)}
         names = ("tokens_per_second", "trained_tokens_per_second", "padded_tokens_per_second")
-        for name in (*names, "tokens_per_second_per_device", "flops_per_second_per_device", "mfu"):
+        names += ("tokens_per_second_per_device",)
+        for name in (*names, "flops_per_second_per_device", "mfu"):
             values = [window[name] for window in self._windows if name in window]
             out[name] = statistics.fmean(values) if values else None
             if name in names:
@@ -232,10 +244,23 @@ class Throughput(L.Callback):
         return out
 
 
+@runtime_checkable
+class Pausable(Protocol):
+    """A callback that watches the time of training, and nothing else's."""
+
+    def pause(self) -> None:
+        """What follows, up to ``resume``, is not training; pauses nest."""
+        ...
+
+    def resume(self) -> None:
+        """Training goes on."""
+        ...
+
+
 @contextmanager
 def excluded(trainer: L.Trainer) -> Iterator[None]:
-    """What happens inside is not training: no throughput callback of the trainer counts its time."""
-    meters = [callback for callback in trainer.callbacks if isinstance(callback, Throughput)]  # pyright: ignore[reportAttributeAccessIssue]
+    """What happens inside is not training: no callback of the trainer that can pause counts its time."""
+    meters = [callback for callback in trainer.callbacks if isinstance(callback, Pausable)]  # pyright: ignore[reportAttributeAccessIssue]
     for meter in meters:
         meter.pause()
     try:
@@ -255,7 +280,7 @@ def count_tokens(batch: Any, window: int, device: torch.device) -> Tensor:
         int64 [5] on ``device``.
     """
     total = torch.zeros(5, dtype=torch.int64, device=device)
-    for tokens in _token_batches(batch):
+    for tokens in token_batches(batch):
         if tokens.cu_seqlens is not None:
             lengths = tokens.cu_seqlens.diff().to(torch.int64)
         elif tokens.attention_mask is not None:
@@ -275,15 +300,16 @@ def count_tokens(batch: Any, window: int, device: torch.device) -> Tensor:
     return total
 
 
-def _token_batches(batch: Any) -> Iterator[TokenBatch]:
+def token_batches(batch: Any) -> Iterator[TokenBatch]:
+    """Every ``TokenBatch`` in a batch, however deep in tuples, lists and dicts it lies."""
     if isinstance(batch, TokenBatch):
         yield batch
     elif isinstance(batch, dict):
         for item in batch.values():
-            yield from _token_batches(item)
+            yield from token_batches(item)
     elif isinstance(batch, list | tuple):
         for item in batch:
-            yield from _token_batches(item)
+            yield from token_batches(item)
 
 
 def log_metrics(trainer: L.Trainer, metrics: dict[str, float]) -> None:

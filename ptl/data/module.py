@@ -418,3 +418,16 @@ class ChatDataModule(L.LightningDataModule):
         if state_dict and (self.trainer is None or self.trainer.training):
             self.prepare()
             self._cursor.load(position_of(state_dict, self._identity()))
+
+    def skip_to(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from a later position than the checkpoint that the trainer resumed from, before its first batch.
+
+        What lies between is not trained on. The epoch gets that much shorter.
+
+        Raises:
+            ValueError: as ``load_state_dict``.
+        """
+        assert self.trainer is not None
+        self.prepare()
+        batches = limited_batches(self.trainer, self._epoch_batches)
+        self._cursor.jump(self.trainer, position_of(state_dict, self._identity()), self._train_plan, batches)

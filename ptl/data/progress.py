@@ -88,6 +88,24 @@ class Cursor:
                 _shift(epochs.current, -ahead)
                 _shift(epochs.total, -ahead)
 
+    def jump(self, trainer: L.Trainer, position: Position, plan_at: PlanAt, batches: int) -> None:
+        """The next pass begins at a later position than the checkpoint's; before the first batch.
+
+        Args:
+            trainer: about to run its first batch.
+            position: where the data goes on.
+            plan_at: see ``PlanAt``.
+            batches: micro-batches that the trainer runs in a whole epoch.
+        """
+        if plan_at(position).steps == 0:
+            position = Position(position.epoch + 1)
+        self.load(position)
+        epochs = trainer.fit_loop.epoch_progress
+        ahead = position.epoch - getattr(epochs.current, "processed")  # noqa: B009 (typed as a base class)
+        _shift(epochs.current, ahead)
+        _shift(epochs.total, ahead)
+        _set_finished(trainer, min(_batches_before(plan_at(position)), batches))
+
     def begin(self, trainer: L.Trainer | None, plan_at: PlanAt) -> Plan:
         """Starts the next pass and returns its plan.
 

@@ -32,6 +32,12 @@ class WorkerError(RuntimeError):
     """A process died, or failed on something that is not the data."""
 
 
+def ignore_signals(_worker: int = 0) -> None:
+    """For a loader's processes: SLURM signals them with their parent, which alone decides when they end."""
+    for name in ("SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def processes(num_proc: int | None) -> int:
     """``num_proc``, else the cores that this process may use, at most ``MOST``.
 

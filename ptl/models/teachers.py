@@ -7,7 +7,9 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
+from ptl.functional.model_size import model_size
 from ptl.models.build import load_base
 from ptl.models.heads import causal_lm
 from ptl.models.spec import ModelSpec
@@ -72,6 +74,37 @@ def build_teacher(spec: ModelSpec) -> nn.Module:
     for part in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         part.use_cache = False  # a cache would switch off the masks between packed documents
     return freeze(model)
+
+
+def check_room(teacher: Teacher, *, ranks: int, device_bytes: int) -> None:
+    """Refuses a teacher whose weights alone are larger than the memory that is to hold them, before any is loaded.
+
+    Arguments:
+        teacher: which model, and how it is placed.
+        ranks: ranks that share a sharded one.
+        device_bytes: memory of the device where it runs.
+
+    Raises:
+        ValueError: with both sizes and what helps.
+    """
+    spec = teacher.model
+    if spec is None or spec.random_init:
+        return
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(spec.name, revision=spec.revision)
+        parameters = model_size({**raw, **spec.config_overrides}).parameters
+    except (OSError, ValueError, KeyError):
+        return  # loading it says better what is wrong, and not every kind of model has its sizes known
+    width = {"nf4": 0.5, "int8": 1.0}.get(str(spec.quantize)) or {"fp32": 4.0}.get(spec.dtype, 2.0)
+    share = ranks if teacher.placement == "sharded" else 1
+    needed = width * parameters / share
+    if needed > device_bytes:
+        raise ValueError(
+            f"the teacher {spec.name} has {parameters / 1e9:.1f}B parameters, which take {needed / 2**30:.1f} GiB on "
+            f"each of {ranks} ranks, and a device here has {device_bytes / 2**30:.1f} GiB: set teacher.placement "
+            "sharded on more devices, teacher.model.quantize nf4, or keep its answers with `ptl synth teacher`; "
+            f"`ptl plan -c RUN --teacher {spec.name} --gpus N` says what fits"
+        )
 
 
 def freeze(model: nn.Module) -> nn.Module:

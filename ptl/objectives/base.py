@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from ptl.data.module import ChatDataModule
 
 
+_COUNTED = "ptl_counted_since_the_last_log"
+"""Key of a checkpoint."""
+
+
 class Objective(L.LightningModule, ABC):
     """A language model in training.
 
@@ -43,6 +47,7 @@ class Objective(L.LightningModule, ABC):
         spec: the ``ModelSpec`` of the policy.
         policy: the module, built in ``configure_model`` so that strategies may shard it while it loads.
         view: which batches the objective eats; the CLI hands it to the data module.
+        gradient_norm: of this step, before clipping, where a callback has taken it; forgotten once it is used.
     """
 
     view: View = ChatView()
@@ -68,6 +73,8 @@ class Objective(L.LightningModule, ABC):
         # Kept out of module registration: an engine that casts the module to bf16 must not cast running sums.
         self._means: dict[str, WeightedMeans] = {}
         self._logged_step = 0
+        self.gradient_norm: Tensor | None = None
+        self._restored: dict[str, list[float]] | None = None
 
     @classmethod
     def view_of(cls, arguments: Mapping[str, Any]) -> View:
@@ -95,6 +102,9 @@ class Objective(L.LightningModule, ABC):
     def on_fit_start(self) -> None:
         """Lets ZeRO-3 gather the parameters that the loss reads outside their own module."""
         share_parameters(self, self.shared_parameters())
+
+    def on_train_start(self) -> None:
+        # Not at the start of the fit, where a checkpoint's step is not known yet.
         self._logged_step = self.trainer.global_step
 
     def on_validation_start(self) -> None:
@@ -142,6 +152,8 @@ class Objective(L.LightningModule, ABC):
     def _collect(self, stage: str, out: LossOutput) -> None:
         if stage not in self._means:
             self._means[stage] = WeightedMeans(self.names_of(stage)).to(out.total.device)
+            if stage == "train":
+                self._restore_counted()
         metrics = out.metrics if "loss" in out.metrics else {"loss": (out.total, out.weight), **out.metrics}
         self._means[stage].update(metrics)
 
@@ -172,8 +184,7 @@ class Objective(L.LightningModule, ABC):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = self.trainer.global_step
-        every = self.trainer.log_every_n_steps or 0  # pyright: ignore[reportAttributeAccessIssue]
-        if step > self._logged_step and every and step % every == 0:
+        if self._is_logged(step):
             self._logged_step = step
             self._log_means("train")
 
@@ -182,6 +193,29 @@ class Objective(L.LightningModule, ABC):
 
     def on_test_epoch_end(self) -> None:
         self._log_means("test")
+
+    def _is_logged(self, step: int) -> bool:
+        """Whether the means of training are logged at the end of this optimizer step."""
+        every = self.trainer.log_every_n_steps or 0  # pyright: ignore[reportAttributeAccessIssue]
+        return step > self._logged_step and bool(every) and step % every == 0
+
+    def _counted(self) -> dict[str, list[float]]:
+        """``name -> [sum, weight]`` of all ranks since the last log; nothing where this step's end is a log."""
+        if self._is_logged(self.trainer.global_step):
+            return {}
+        means = self._means["train"]
+        total: Any = self.trainer.strategy.reduce(means.values.clone(), reduce_op="sum")
+        return dict(zip(means.names, total.tolist(), strict=True))
+
+    def _restore_counted(self) -> None:
+        """One rank takes up what all had counted."""
+        if self._restored and self.trainer.is_global_zero:
+            means = self._means["train"]
+            for name, (total, weight) in self._restored.items():
+                if name in means.names:
+                    device = means.values.device
+                    means.update({name: (_exact(total, device), _exact(weight, device))})
+        self._restored = None
 
     def _log_means(self, stage: str) -> None:
         means = self._means.get(stage)
@@ -218,6 +252,21 @@ class Objective(L.LightningModule, ABC):
         scheduler = self.schedule_spec.build(optimizer, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips as the trainer would, by the norm of the gradients where a callback has just taken it."""
+        norm, self.gradient_norm = self.gradient_norm, None
+        by_norm = str(getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm or "norm")) == "norm"
+        if norm is None or not gradient_clip_val or not by_norm:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
     # ---- checkpoints ----
 
     def export_files(self) -> dict[str, str]:
@@ -225,7 +274,11 @@ class Objective(L.LightningModule, ABC):
         return {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps only what training changes when something is frozen: a frozen base is rebuilt from its name."""
+        """Keeps only what training changes when something is frozen: a frozen base is rebuilt from its name.
+
+        Also what was counted since the last log, over all ranks: a run that goes on logs what a whole one would.
+        """
+        checkpoint[_COUNTED] = self._counted() if "train" in self._means else self._restored
         if "state_dict" in checkpoint and any(not p.requires_grad for p in self.parameters()):
             frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
             checkpoint["state_dict"] = {
@@ -234,6 +287,7 @@ class Objective(L.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that lacks a trained parameter, which ``strict_loading = False`` would let pass."""
+        self._restored = checkpoint.get(_COUNTED)
         if "state_dict" not in checkpoint or not hasattr(self, "policy"):
             return
         wanted = {name for name, p in self.named_parameters() if p.requires_grad}
@@ -244,6 +298,10 @@ class Objective(L.LightningModule, ABC):
                 f"the checkpoint lacks {len(missing)} trained parameters, first {missing[0]!r}: it was made with "
                 "another model.policy.adapter or model.policy.name than this run's"
             )
+
+
+def _exact(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device=device)
 
 
 def _of_frozen(key: str, frozen: set[str]) -> bool:

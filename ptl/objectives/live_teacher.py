@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ptl.functional.fused_divergence import Side
 from ptl.models.heads import block_outputs, chosen, head_side, hidden_states
-from ptl.models.teachers import Teacher, build_teacher
+from ptl.models.teachers import Teacher, build_teacher, check_room
 from ptl.models.zero3 import zero3_hidden
 from ptl.strategies.frozen import ShardedModel
 from ptl.strategies.partition import gathered
@@ -38,6 +39,8 @@ class LiveTeacher:
         self._device = torch.device(teacher.device) if teacher.device else None
         self._head: Side | None = None
         self._sharded: ShardedModel | None = None
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        check_room(teacher, ranks=ranks, device_bytes=_device_bytes(self._device))
         if teacher.placement == "sharded":
             self._sharded = ShardedModel(lambda: build_teacher(spec))
             self.model: nn.Module = self._sharded.model
@@ -87,3 +90,11 @@ class LiveTeacher:
         """Takes a sharded teacher's hooks off."""
         if self._sharded is not None:
             self._sharded.close()
+
+
+def _device_bytes(device: torch.device | None) -> int:
+    """Memory of the device, by default of the one that this rank trains on; of a CPU the machine's."""
+    on_gpu = device.type == "cuda" if device is not None else torch.cuda.is_available()
+    if on_gpu:
+        return torch.cuda.get_device_properties(device or torch.cuda.current_device()).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

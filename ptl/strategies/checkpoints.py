@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class CheckpointRecord:
         versions: of deepspeed, lightning and torch.
         saved_at: seconds since 1970.
         files: size in bytes of every file, by path inside the folder.
+        run: id of the run that saved it, where it has one.
         format: version of this record.
     """
 
@@ -62,6 +63,7 @@ class CheckpointRecord:
     versions: dict[str, str]
     saved_at: float = field(default_factory=time.time)
     files: dict[str, int] = field(default_factory=dict)
+    run: str | None = None
     format: int = FORMAT
 
 
@@ -130,8 +132,9 @@ def read_record(path: str | Path) -> CheckpointRecord:
         raise CheckpointError(f"{error}; {hint}") from None
 
 
-def latest_complete(folder: str | Path) -> Path | None:
-    """The whole checkpoint of the most steps in a folder, or None; unfinished ones are passed over.
+def latest_complete(folder: str | Path, skip: Callable[[CheckpointRecord], bool] | None = None) -> Path | None:
+    """The whole checkpoint of the most steps in a folder, or None; unfinished ones are passed over, and those that
+    ``skip`` says.
 
     Hidden names count too: a save that was killed between its two renames left its whole folder under one.
     """
@@ -142,6 +145,8 @@ def latest_complete(folder: str | Path) -> Path | None:
             try:
                 record = _read(path)
             except CheckpointError:
+                continue
+            if skip is not None and skip(record):
                 continue
             found.append((record.global_step, not path.name.startswith("."), record.saved_at, path))
     return max(found)[3] if found else None

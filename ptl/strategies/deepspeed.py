@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from torch import nn
 from torch.optim import Optimizer
 
+from ptl.strategies.extensions import load_extension
 from ptl.strategies.limits import check_limits
 from ptl.strategies.partition import (
     consolidated_state_dict,
@@ -167,6 +168,10 @@ class ZeROStrategy(SteppedZeRO):
         if isinstance(self.accelerator, CUDAAccelerator):
             super().setup_environment()
         else:
+            if self.world_size > 1:
+                from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+                load_extension(ShareMemCommBuilder())  # before DeepSpeed does, when it joins the ranks
             super(DeepSpeedStrategy, self).setup_environment()
 
     @contextmanager
@@ -236,7 +241,9 @@ def adamw_class(strategy: Strategy) -> type[Optimizer]:
     """
     if isinstance(strategy, ZeROStrategy) and strategy.offloads_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
+        from deepspeed.ops.op_builder import CPUAdamBuilder  # pyright: ignore[reportAttributeAccessIssue]
 
+        load_extension(CPUAdamBuilder())
         return DeepSpeedCPUAdam
     return torch.optim.AdamW
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=12)
 """How long ranks wait while rank 0 converts a checkpoint; a collective's own limit is too short for a large model."""
+RUN_KEY = "ptl_run"
+"""Key of a checkpoint under which its run's id stands."""
 _ENGINE_KEYS = {"module", "optimizer", "lr_scheduler"}
 
 
@@ -59,7 +61,7 @@ class CheckpointedZeRO(DeepSpeedStrategy):
         checkpoint = {**checkpoint, "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
         with _without_frozen(self._module):
             super().save_checkpoint(checkpoint, str(partial), storage_options)
-        record = self._record()
+        record = self._record(checkpoint.get(RUN_KEY))
 
         def finish() -> None:
             checkpoints.seal(partial, record)
@@ -113,7 +115,7 @@ class CheckpointedZeRO(DeepSpeedStrategy):
         checkpoints.check_resumable(record, stage=self.stage, precision=precision, trainable=trainable)
         return record
 
-    def _record(self) -> CheckpointRecord:
+    def _record(self, run: str | None) -> CheckpointRecord:
         import deepspeed
         import lightning
 
@@ -125,6 +127,7 @@ class CheckpointedZeRO(DeepSpeedStrategy):
             precision=str(self.precision_plugin.precision),
             global_step=self._trainer.global_step,
             epoch=self._trainer.current_epoch,
+            run=run,
             trainable=trainable_shapes(self._module),
             optimizer_state=sorted(key for key, value in state.items() if torch.is_tensor(value)),
             versions={

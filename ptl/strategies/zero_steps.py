@@ -78,6 +78,10 @@ class SteppedZeRO(CheckpointedZeRO):
         """
         return int(self.engine.skipped_steps) if self.engine is not None else 0
 
+    def judges_steps(self) -> bool:
+        """Whether the engine leaves out a step whose gradients are not finite: always but for stage 0 in fp32."""
+        return self.engine is not None and hasattr(self.engine.optimizer, "overflow")
+
     def _measured(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Takes the norm between backward and step at stage 0, where the engine takes none in fp32."""
         if self.stage > 0:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from ptl.callbacks.checkpoint import Checkpoint, latest_checkpoint
 from ptl.callbacks.export import Export
-from ptl.callbacks.health import DivergedError, Health
+from ptl.callbacks.health import Health
 from ptl.callbacks.jsonl import read_metrics
 from ptl.callbacks.record import RunRecord
 from ptl.callbacks.samples import Samples
@@ -63,19 +63,6 @@ def throughput(folder: str) -> dict[str, Any]:
     fit.fit(Toy(), loader(batches_of(index)), ckpt_path=latest_checkpoint(folder))
     rows = read_metrics(fit.loggers[0].path) if index == 0 else []  # pyright: ignore
     return {**first, "rows": rows, "seen": again.summary()["tokens_seen"]}
-
-
-def diverged(folder: str) -> dict[str, Any]:
-    """One rank's loss becomes NaN at step 5, between two looks; both ranks stop, with the same words."""
-    callbacks = [Health(every_n_steps=4), Checkpoint(every_n_train_steps=2)]
-    fit = trainer(folder, callbacks, strategy="ddp", devices=2, max_steps=9)
-    batches = [packed([8, 8], trained=4, seed=i) for i in range(9)]
-    try:
-        fit.fit(Toy(bad_step=5 if rank() == 1 else -1), loader(batches))
-    except DivergedError as error:
-        newest = latest_checkpoint(folder)
-        return {"error": str(error), "newest": newest.name if newest else None}
-    return {"error": None}
 
 
 def zero3(folder: str, model: str, data: str) -> dict[str, Any]:

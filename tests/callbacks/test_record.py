@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 from ptl.callbacks.checkpoint import Checkpoint, latest_checkpoint
 from ptl.callbacks.facts import MAX_DIFF_BYTES, git_state, versions
 from ptl.callbacks.jsonl import JsonlLogger, read_metrics, read_rows
-from ptl.callbacks.record import RunRecord, run_folder, wall_seconds
+from ptl.callbacks.record import RunRecord, attempt_times, run_folder
 from ptl.callbacks.throughput import Throughput
 from tests.callbacks.parts import Toy, loader, packed, trainer
 from tests.callbacks.real import chat, make_inputs, sft
@@ -111,14 +111,14 @@ def test_a_failure_is_in_the_summary(tmp_path):
 
 def test_wall_time_counts_a_killed_attempt_up_to_its_last_row(tmp_path):
     attempts = [
-        {"event": "start", "attempt": 1, "time": 100.0},
-        {"event": "start", "attempt": 2, "time": 500.0},
+        {"event": "start", "attempt": 1, "time": 100.0, "world_size": 8},
+        {"event": "start", "attempt": 2, "time": 500.0, "world_size": 2},
         {"event": "end", "attempt": 2, "time": 560.0},
         {"event": "start", "attempt": 3, "time": 600.0},
     ]
     (tmp_path / "attempts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in attempts))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 130.0}\n{"step": 2, "time": 140.0}\n{"step')
-    assert wall_seconds(tmp_path) == 40 + 60 + 0
+    assert attempt_times(tmp_path) == [(40, 8), (60, 2), (0, 1)]
 
 
 def test_secrets_never_reach_the_run_folder(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,11 @@ STACKS = list(
 )
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+LAYER_FILES = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name not in ("cluster", "sweep"))
+"""The profiles of clusters are for the scripts in ``slurm/`` and sweeps for ``wandb sweep``, no layers."""
+
+
+@pytest.mark.parametrize("path", LAYER_FILES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_a_layer_sets_only_its_own_key(path):
     keys = set(yaml.safe_load(path.read_text()))
     if path.parent.name == "recipes":
@@ -31,7 +36,7 @@ def test_a_layer_sets_only_its_own_key(path):
         assert keys == {own} if own else len(keys) == 1
 
 
-def parse(*paths: Path):
+def parse(*paths: Path, more: Sequence[str] = ()):
     from ptl.trainer_cli import PTLCLI
 
     class ParseOnly(PTLCLI):
@@ -41,7 +46,7 @@ def parse(*paths: Path):
         def after_instantiate_classes(self) -> None:
             pass
 
-    return ParseOnly([argument for path in paths for argument in ("-c", str(path))], run=False).config
+    return ParseOnly([*(word for path in paths for word in ("-c", str(path))), *more], run=False).config
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -58,6 +63,29 @@ def test_every_stack_of_layers_parses(objective, trainer):
         layers = (*layers, CONFIGS / "overlay/qlora.yaml")
     config = parse(*layers, trainer)
     assert config.model.init_args.policy.name == "Qwen/Qwen2.5-1.5B-Instruct" and config.trainer.max_epochs == 1
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "sweep").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_sweep_is_a_command_that_parses_with_each_of_its_parameters(path):
+    sweep = yaml.safe_load(path.read_text())
+    words = sweep["command"]
+    assert words[:2] == ["ptl", "fit"] and words[-1] == "${args}"
+    layers = [CONFIGS.parent / after for word, after in itertools.pairwise(words) if word == "-c"]
+    plain = words[2 + 2 * len(layers) : -1]
+    tried = [f"--{key}={given.get('values', [given.get('min')])[0]}" for key, given in sweep["parameters"].items()]
+    config = parse(*layers, more=[*plain, *tried])
+    assert "WandbRun" in config.trainer.logger.class_path and tried
+    for word in tried:
+        key, _, value = word.removeprefix("--").partition("=")
+        assert str(parsed(config, key)) == value
+
+
+def parsed(config, key: str):
+    """A value as the command line names it: ``init_args`` is left out."""
+    for part in key.split("."):
+        config = config.init_args if "init_args" in config else config
+        config = config[part]
+    return config
 
 
 def save_scored(folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""Throughput of the real command over a grid of settings: one JSON line a cell."""

@@ -1,0 +1,1 @@
+"""Parts of ``ptl compare``: runs read from folders and W&B, grouped by what differs, as tables and curves."""

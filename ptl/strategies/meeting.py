@@ -1,0 +1,95 @@
+"""Whether all ranks of a job are there, asked before anything is loaded: who is missing is named, in minutes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from datetime import timedelta
+
+from lightning.fabric.plugins.environments import ClusterEnvironment
+from torch.distributed import DistError, TCPStore
+
+_HERE, _VERDICT = "ptl/here/{}", "ptl/verdict"
+_GRACE = 30.0
+"""Seconds that the others wait for rank 0's word beyond its own waiting."""
+
+
+def meet(environment: ClusterEnvironment, seconds: float) -> TCPStore | None:
+    """Waits until every rank has said that it is there.
+
+    torch waits half an hour for a rank that never comes, and then names none.
+
+    Arguments:
+        environment: who this rank is and where rank 0 listens.
+        seconds: how long to wait.
+
+    Returns:
+        The store, which rank 0 must keep: the process group that is made later listens through it. None where one
+        process starts the others itself, or is alone.
+
+    Raises:
+        ValueError: on every rank that can be told: the ranks that are missing, a port that is taken, or an address that
+            cannot be reached.
+    """
+    world, rank = environment.world_size(), environment.global_rank()
+    if world == 1 or not environment.creates_processes_externally:
+        return None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None  # torchrun's agents have met, and one of them listens at the port
+    host, port = environment.main_address, environment.main_port
+    here = socket.gethostname()
+    try:
+        store = TCPStore(
+            host,
+            port,
+            world,
+            is_master=rank == 0,
+            timeout=timedelta(seconds=seconds),
+            wait_for_workers=False,
+            multi_tenant=True,  # shared with the process group's own store in this process
+        )
+        store.set(_HERE.format(rank), here)
+    except (DistError, RuntimeError) as error:
+        raise ValueError(_no_store(rank, here, host, port, seconds, error)) from error
+    if rank == 0:
+        store.set(_VERDICT, _missing(store, world, seconds))
+    else:
+        try:
+            store.wait([_VERDICT], timedelta(seconds=seconds + _GRACE))
+        except (DistError, RuntimeError) as error:
+            raise ValueError(f"rank {rank} on {here}: rank 0 at {host}:{port} has gone while it waited") from error
+    if verdict := store.get(_VERDICT).decode():
+        raise ValueError(verdict)
+    return store
+
+
+def _missing(store: TCPStore, world: int, seconds: float) -> str:
+    """What to say of the ranks that have not come; nothing where all have."""
+    deadline = time.monotonic() + seconds
+    absent = []
+    for rank in range(world):
+        try:
+            store.wait([_HERE.format(rank)], timedelta(seconds=max(0.1, deadline - time.monotonic())))
+        except (DistError, RuntimeError):
+            absent.append(rank)
+    if not absent:
+        return ""
+    present = sorted({store.get(_HERE.format(rank)).decode() for rank in range(world) if rank not in absent})
+    return (
+        f"{len(absent)} of {world} ranks have not come within {seconds:.0f} s: {', '.join(map(str, absent[:16]))}"
+        f"{' and more' if len(absent) > 16 else ''}. Those that have are on {', '.join(present[:16])}. Look at the log "
+        "of a missing rank; a node may be down, or its ranks may have another MASTER_ADDR or MASTER_PORT "
+        "(run.meeting_minutes is how long to wait)"
+    )
+
+
+def _no_store(rank: int, here: str, host: str, port: int, seconds: float, error: Exception) -> str:
+    if rank == 0:
+        reason = " ".join(str(error).split())[:200]
+        change = "set MASTER_PORT (PTL_PORT in slurm/) to a free one"
+        return f"rank 0 on {here} cannot listen at {host}:{port}: {change}; {reason}"
+    return (
+        f"rank {rank} on {here} cannot reach rank 0 at {host}:{port} within {seconds:.0f} s: its node may be down, or "
+        "MASTER_ADDR or MASTER_PORT may be another than rank 0's"
+    )

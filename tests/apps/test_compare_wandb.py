@@ -1,0 +1,253 @@
+"""``ptl compare`` over real runs: ``ptl fit`` with W&B offline, read as run folders, W&B files and from a server."""
+
+import http.server
+import json
+import math
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from tests import tiny
+from tests.apps.compare_parts import RATES, SEEDS, STEPS, compared, ptl, ptl_process, runs_by_name
+from tests.objectives import law
+from tests.ranks import run_ranks
+
+RUNS = len(RATES) * SEEDS
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared")
+    tiny.save_folder(folder / "model", tiny.make_tokenizer(), hidden=32)
+    law.write_rows(folder / "rows.jsonl", count=40)
+    (folder / "resumed").mkdir()
+    codes = run_ranks("tests.apps.compare_parts:make_real", 1, {"folder": str(folder)}, timeout=240)[0]
+    assert codes == [0] * RUNS
+    return folder
+
+
+def inspected(path: Path) -> list[dict]:
+    """The records of a W&B file, as W&B's own tool prints them."""
+    tool = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+    done = subprocess.run(tool, capture_output=True, text=True, timeout=60, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def offline(real: Path) -> list[Path]:
+    return sorted((real / "wandb").glob("offline-run-*"))
+
+
+@pytest.fixture(scope="module")
+def folders(real):
+    return compared(real / "runs")
+
+
+def test_six_real_runs_are_two_groups_of_three_seeds(real, folders):
+    assert folders["keys"] == ["model.optimizer.lr"] and folders["seeds"] == ["seed_everything", "data.seed"]
+    assert sorted(group["config"]["model.optimizer.lr"] for group in folders["groups"]) == [0.003, 0.01]
+    assert all(group["status"] == {"finished": SEEDS} for group in folders["groups"])
+    for group in folders["groups"]:
+        told = [
+            json.loads((real / "runs" / folders["runs"][i]["name"] / "summary.json").read_text()) for i in group["runs"]
+        ]
+        finals = [summary["final"]["value"] for summary in told]
+        found = group["metrics"]["val/loss"]["final"]
+        assert found["n"] == SEEDS and found["mean"] == pytest.approx(sum(finals) / SEEDS, rel=1e-12)
+        spread = math.sqrt(sum((value - found["mean"]) ** 2 for value in finals) / (SEEDS - 1))
+        assert found["deviation"] == pytest.approx(spread, rel=1e-9) and spread > 0
+        hours = sum(summary["wall_seconds_all_attempts"] * summary["devices"] for summary in told) / 3600
+        assert group["device_hours"] == pytest.approx(hours, rel=1e-12)
+
+
+def test_folders_and_wandb_files_give_equal_numbers(real, folders):
+    from_wandb = compared(*offline(real))
+    one, other = runs_by_name(folders), runs_by_name(from_wandb)
+    assert len(one) == RUNS and one.keys() == other.keys()
+    for name, run in one.items():
+        twin = other[name]
+        assert twin["source"] == "wandb" and run["source"] == "folder"
+        assert {"val/loss", "train/loss", "throughput/mfu"} - run["metrics"].keys() <= {"throughput/mfu"}
+        for key in ("metrics", "facts", "seeds", "status", "attempts", "devices", "step"):
+            assert run[key] == twin[key], (name, key)
+    for key in ("metrics", "facts", "config", "status", "device_hours"):
+        assert [group[key] for group in folders["groups"]] == [group[key] for group in from_wandb["groups"]]
+
+
+def test_the_numbers_are_those_of_wandb_s_own_tool(real, folders):
+    runs = runs_by_name(folders)
+    for folder in offline(real):
+        records = inspected(folder)
+        config = next(r["config"]["update"] for r in records if "run" in r.get("config", {}).get("update", {}))
+        name = Path(config["run"]["dir"]).name
+        rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+        for metric, found in runs[name]["metrics"].items():
+            points = [(row["trainer/global_step"], row[metric]) for row in rows if metric in row]
+            assert found["points"] == len(points) > 0
+            assert (found["final_step"], found["final"]) == points[-1]
+            assert found["low"] == min(value for _, value in points)
+            assert found["high"] == max(value for _, value in points)
+        assert runs[name]["metrics"]["train/loss"]["points"] == STEPS
+
+
+def test_a_run_that_stands_in_two_places_counts_once(real, folders):
+    both = compared(real / "runs", real / "wandb", real / "runs")
+    assert [run["name"] for run in both["runs"]] == [run["name"] for run in folders["runs"]]
+    assert len(both["notes"]) == RUNS and all("is the same run as" in note for note in both["notes"])
+    assert both["groups"] == folders["groups"]
+
+
+def test_attempts_of_one_offline_run_are_joined_by_their_own_step(real):
+    found = compared(real / "resumed")
+    assert len(found["runs"]) == 1
+    run = found["runs"][0]
+    loss = run["metrics"]["train/loss"]
+    assert (run["attempts"], run["status"], run["step"]) == (2, "finished", 14)
+    # Steps 0 to 5 of the first attempt and 6 to 13 of the second, whose last value is NaN.
+    assert loss["points"] == 14 and (loss["low"], loss["high"]) == (0.0, 112.0)
+    assert (loss["final"], loss["final_step"]) == ("nan", 13)
+    assert run["metrics"]["train/reward"]["points"] == 14
+
+
+def test_a_torn_wandb_file_is_read_up_to_the_tear(real, tmp_path):
+    source = next(offline(real)[0].glob("*.wandb"))
+    data = source.read_bytes()
+    (tmp_path / source.name).write_bytes(data[: len(data) * 2 // 3])
+    run = compared(tmp_path)["runs"][0]
+    assert run["status"] == "unfinished" and 0 < run["metrics"]["train/loss"]["points"] <= STEPS
+    damaged = bytearray(data)
+    damaged[len(data) // 2] ^= 0xFF
+    (tmp_path / source.name).write_bytes(damaged)
+    assert compared(tmp_path)["runs"][0]["status"] == "unfinished"
+    (tmp_path / source.name).write_bytes(b"not W&B's at all")
+    shutil.copytree(real / "runs" / "lr1e-2-s0", tmp_path / "whole")
+    runs = compared(tmp_path)["runs"]
+    assert {run["status"] for run in runs} == {"finished", "unreadable"}
+
+
+def test_without_wandb_folders_work_and_wandb_files_are_refused(real, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\nreal = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name.split('.')[0] == 'wandb' else real(name, *a)\n"
+        "import sys\nsys.modules['wandb'] = None\n"
+    )
+    path = f"{tmp_path}:{Path(__file__).resolve().parents[2]}"
+    assert ptl_process("compare", real / "runs", PYTHONPATH=path).returncode == 0
+    refused = ptl_process("compare", real / "wandb", PYTHONPATH=path)
+    assert refused.returncode == 2 and "pip install wandb" in refused.stderr and "Traceback" not in refused.stderr
+
+
+# ---- W&B's server ----
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Answers what ``wandb.Api`` asks by GraphQL with runs out of real offline files, filtered by group."""
+
+    runs: ClassVar[list[dict]] = []
+    asked: ClassVar[list[dict]] = []
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        answer = self.answer(json.loads(body)) if self.path == "/graphql" else {}
+        data = json.dumps({"data": answer}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def answer(self, asked):
+        query, given = asked["query"], asked.get("variables") or {}
+        named = [run for run in self.runs if run["name"] == given.get("name", given.get("runName", given.get("run")))]
+        if "query Runs(" in query:
+            self.asked.append(given)
+            wanted = json.loads(given["filters"] or "{}")
+            found = [run for run in self.runs if run["group"] == wanted.get("group", run["group"])]
+            edges = [{"node": {k: v for k, v in run.items() if k != "rows"}, "cursor": run["name"]} for run in found]
+            page = {"endCursor": None, "hasNextPage": False}
+            return {"project": {"internalId": "1", "runCount": len(found), "readOnly": False,
+                                "runs": {"edges": edges, "pageInfo": page}}}  # fmt: skip
+        if "RunHistoryKeys" in query:
+            return {"project": {"run": {"historyKeys": named[0]["historyKeys"]}}}
+        if "RunParquetHistory" in query:
+            live = named[0]["rows"]
+            return {"project": {"run": {"parquetHistory": {"parquetUrls": [], "liveData": live}}}}
+        if "HistoryPage" in query:
+            low, high = given["minStep"], given["maxStep"]
+            rows = [json.dumps(row) for row in named[0]["rows"] if low <= row["_step"] < high]
+            return {"project": {"run": {"history": rows}}}
+        user = {"id": "1", "entity": "lab", "username": "ada", "email": "", "flags": "{}", "teams": {"edges": []}}
+        return {"viewer": user}
+
+    def log_message(self, *_):
+        pass
+
+
+def served_run(records: list[dict], group: str) -> dict:
+    """A run as the server describes it, out of the records of its offline file."""
+    config, summary, rows = {}, {}, []
+    for record in records:
+        if record["type"] == "config":
+            config |= {key: {"value": value} for key, value in record["config"]["update"].items()}
+        if record["type"] == "summary":
+            summary |= record["summary"].get("update", {})
+        if record["type"] == "history":
+            rows.append({k: v for k, v in record["history"]["item"].items() if not k.startswith("samples")})
+    run_id = next(record["run"]["run_id"] for record in records if record["type"] == "run")
+    return {
+        "id": run_id, "projectId": 1, "name": run_id, "displayName": "", "state": "finished", "group": group,
+        "jobType": "sft", "config": json.dumps(config), "summaryMetrics": json.dumps(summary), "tags": [],
+        "systemMetrics": "{}", "createdAt": "2026-01-01T00:00:00", "heartbeatAt": "2026-01-01T00:00:00",
+        "user": {"name": "ada", "username": "ada"}, "sweepName": None, "notes": None, "description": None,
+        "commit": None, "readOnly": False, "historyLineCount": len(rows), "rows": rows,
+        "historyKeys": {"lastStep": rows[-1]["_step"], "sets": [], "keys": {}},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def server(real):
+    places = offline(real)
+    Server.runs = [served_run(inspected(path), "study" if i else "other") for i, path in enumerate(places)]
+    Server.asked = []
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_runs_on_a_server_give_the_same_numbers(server, real, folders, tmp_path):
+    # Ours is a small server that answers wandb.Api's GraphQL: the client, wandb-core and HTTP are the real ones.
+    variables = {"WANDB_BASE_URL": server, "WANDB_API_KEY": "a" * 40, "HOME": str(tmp_path), "WANDB_SILENT": "true"}
+    variables |= {"WANDB_ERROR_REPORTING": "false", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
+    found = compared(
+        "--project", "lab/p", "--filter", "group=study", "model.optimizer.lr=0.01", run=ptl_process, **variables
+    )
+    assert json.loads(Server.asked[0]["filters"]) == {"group": "study"}
+    expected = {name: run for name, run in runs_by_name(folders).items() if name.startswith("lr1e-2")}
+    online = runs_by_name(found)
+    assert online.keys() == expected.keys()
+    for name, run in online.items():
+        assert run["source"] == "online" and run["metrics"] == expected[name]["metrics"]
+        assert run["facts"] == expected[name]["facts"]
+    both = compared(real / "runs", "--project", "lab/p", run=ptl_process, **variables)
+    assert len(both["runs"]) == RUNS and len(both["notes"]) == RUNS
+    none = ptl_process("compare", "--project", "lab/p", "--filter", "group=nobody", **variables)
+    assert none.returncode == 2 and "there is none" in none.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--project", "p"], "ENTITY/PROJECT"),
+        (["--project", "a/b", "--filter", "group"], "KEY=VALUE"),
+        (["--filter", "group=x", "."], "--project"),
+    ],
+)
+def test_what_is_asked_of_the_server_is_checked(arguments, told):
+    done = ptl("compare", *arguments)
+    assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1

@@ -1,0 +1,180 @@
+"""What the tests of the step guard and of rewinds run, in this process and on ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from ptl.callbacks.checkpoint import Checkpoint, latest_checkpoint
+from ptl.callbacks.health import DivergedError, Health, RewindError
+from ptl.callbacks.jsonl import read_metrics, read_rows
+from ptl.callbacks.record import RunRecord
+from ptl.callbacks.rewind import read_rewind
+from ptl.callbacks.stragglers import Stragglers
+from ptl.callbacks.throughput import token_batches
+from ptl.strategies.deepspeed import ZeROStrategy, consolidated_state_dict
+from tests.callbacks.parts import Toy, loader, packed, trainer
+from tests.callbacks.real import chat, sft
+from tests.ranks import rank
+
+
+def numbered(count: int, first: int = 0) -> list:
+    """Batches whose row numbers are their own."""
+    return [
+        packed([8, 8], trained=4, seed=i)._replace(rows=torch.tensor([2 * i, 2 * i + 1])) for i in range(first, count)
+    ]
+
+
+class Poison(L.Callback):
+    """Multiplies the loss of some optimizer steps, on one rank or on all.
+
+    Arguments:
+        steps: from 1.
+        factor: of the loss.
+        on: the rank; None for all.
+    """
+
+    def __init__(self, steps: list[int], factor: float = float("nan"), on: int | None = None) -> None:
+        self.steps, self.factor, self.on = steps, factor, on
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        if trainer.global_step + 1 in self.steps and self.on in (None, trainer.global_rank):
+            loss.mul_(self.factor)
+
+
+class Rows(L.Callback):
+    """Notes the row numbers of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, list[int]] = {}
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        rows = [n for b in token_batches(batch) if b.rows is not None for n in b.rows.tolist()]
+        self.seen.setdefault(trainer.global_step + 1, []).extend(rows)
+
+
+class Kinds(Toy):
+    """A toy with the optimizer of a kind."""
+
+    def __init__(self, kind: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.kind = kind
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        parameters = list(self.parameters())
+        if self.kind == "sgd":
+            return torch.optim.SGD(parameters, lr=self.lr, momentum=0.9, weight_decay=0.1)
+        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.1, fused=self.kind == "fused")
+
+
+def guarded(folder: str, model: str, data: str) -> dict[str, Any]:
+    """All that two ranks show, in one start."""
+    root = Path(folder)
+    return {
+        "diverged": diverged(root / "diverged"),
+        "ddp": skipped(root / "ddp", "ddp"),
+        **{f"zero{stage}": skipped(root / f"zero{stage}", stage) for stage in (0, 2, 3)},
+        "refused": refused(root / "refused"),
+        "rewound": rewound(root / "rewound", Path(model), Path(data)),
+        "slowed": slowed(root / "slowed"),
+    }
+
+
+def diverged(folder: Path) -> dict[str, Any]:
+    """One rank's loss becomes NaN at step 5, between two looks; both ranks stop, with the same words."""
+    callbacks = [Health(every_n_steps=4, max_skipped_in_a_row=1, max_rewinds=0), Checkpoint(every_n_train_steps=2)]
+    fit = trainer(folder, callbacks, strategy="ddp", devices=2, max_steps=9)
+    try:
+        fit.fit(Toy(bad_step=5 if rank() == 1 else -1), loader(numbered(9)))
+    except DivergedError as error:
+        newest = latest_checkpoint(folder)
+        return {"error": str(error), "newest": newest.name if newest else None}
+    return {"error": None}
+
+
+def skipped(folder: Path, kind: Any) -> dict[str, Any]:
+    """One rank's loss is NaN at step 2 of 4: how the policy ends, and how it would without the data of that step."""
+    out = {}
+    for name, steps, callbacks in (("with", 4, [Poison([2], on=1)]), ("without", 3, [])):
+        batches = [batch for i, batch in enumerate(numbered(4)) if steps == 4 or i != 1]
+        module = Kinds("fused", lr=0.01)
+        strategy: Any = kind if isinstance(kind, str) else ZeROStrategy(stage=kind)
+        health = Health(every_n_steps=2)
+        fit = trainer(folder / name, [*callbacks, health], strategy=strategy, devices=2, max_steps=steps)
+        fit.fit(module, loader(batches))
+        weights = consolidated_state_dict(module.policy)
+        out[name] = float(sum(w.double().abs().sum() for w in weights.values())) if weights else None
+        out[f"{name} step"] = fit.global_step
+    path = folder / "with" / "skipped.jsonl"
+    out["noted"] = read_rows(path) if rank() == 0 else None
+    return out
+
+
+def refused(folder: Path) -> str:
+    """Spikes under ZeRO."""
+    from ptl.callbacks.guard import Spike
+
+    try:
+        fit = trainer(folder, [Health(spike=Spike())], strategy=ZeROStrategy(stage=2), devices=2, max_steps=1)
+        fit.fit(Toy(), loader(numbered(1)))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def rewound(folder: Path, model: Path, data: Path) -> dict[str, Any]:
+    """A rewind under ZeRO-2, whose checkpoints are folders: what each attempt trained on."""
+    out: dict[str, Any] = {}
+    for name, poison in (("first", [5, 6]), ("second", [])):
+        rows, health = Rows(), Health(max_skipped_in_a_row=2)
+        callbacks = [Poison(poison, on=1), rows, health, Checkpoint(save_top_k=-1, every_n_train_steps=1)]
+        fit = trainer(
+            folder,
+            [*callbacks, RunRecord(folder)],
+            strategy=ZeROStrategy(stage=2),
+            devices=2,
+            max_steps=-1,
+            max_epochs=4,
+        )
+        module, source = sft(model), chat(model, data)
+        source.bind(view=module.view, tokenizer=None)
+        try:
+            fit.fit(module, source, ckpt_path=latest_checkpoint(folder))
+        except RewindError as error:
+            out["error"] = str(error)
+        out[name] = {"rows": rows.seen, "step": fit.global_step, "epoch": fit.current_epoch}
+    rewind = read_rewind(folder)
+    out["rewind"] = [rewind.step, rewind.stopped] if rewind else None
+    out["aside"] = sorted(path.name for path in (folder / "set-aside").iterdir())
+    return out
+
+
+def slowed(folder: Path) -> dict[str, Any]:
+    """One rank takes longer for its forward pass; another run's rank waits for its data; two are alike."""
+    out: dict[str, Any] = {}
+    pause = (0.02, 0.3)[rank()]
+    cases = {"forward": (Toy(pause=pause), 0.0), "data": (Toy(pause=0.02), pause), "alike": (Toy(pause=0.1), 0.0)}
+    for name, (module, wait) in cases.items():
+        callbacks = [Stragglers(every_n_steps=2, windows=3 if name == "alike" else 2)]
+        options = {"strategy": "ddp", "devices": 2, "max_steps": 6, "accumulate_grad_batches": 2}
+        fit = trainer(folder / name, callbacks, **options)
+        fit.fit(module, loader(numbered(12), wait))
+        if rank() == 0:
+            path = folder / name / "stragglers.jsonl"
+            rows = read_metrics(folder / name / "metrics.jsonl")
+            key = "throughput/slowest_over_median"
+            out[name] = {
+                "ratios": {row["step"]: row[key] for row in rows if key in row},
+                "named": read_rows(path) if path.exists() else [],
+            }
+    return out

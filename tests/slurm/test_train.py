@@ -1,0 +1,242 @@
+"""``slurm/train.sbatch`` on a real cluster of two nodes: layout, preemption, limits, kills, other numbers of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptl.callbacks.checkpoint import latest_checkpoint
+from tests.ranks import ROOT
+from tests.slurm.jobs import STEPS, arguments, rows_of, weights_of
+
+TRAIN = "slurm/train.sbatch"
+TWO = ["--nodes=2"]
+SLOWLY = ["--trainer.callbacks", '[{"class_path": "tests.slurm.slow.Slowly"}]']
+
+
+def started(run: Path, step: int, seconds: float = 150) -> None:
+    """Waits until the run has logged an optimizer step."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and any(row.get("step", -1) >= step - 1 for row in rows_of(run)):
+            return
+        time.sleep(0.1)
+    logs = "\n".join(path.read_text(errors="replace")[-3000:] for path in run.glob("slurm/latest/*.log"))
+    raise AssertionError(f"{run} has not come to step {step}\n{logs}")
+
+
+def attempts(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
+
+
+def assert_same(run: Path, whole: Path, *, exactly: bool = True) -> None:
+    """Both runs have learnt and logged the same."""
+    ours, theirs = weights_of(run), weights_of(whole)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name]) if exactly else torch.allclose(weight, theirs[name], atol=1e-5), name
+    if exactly:
+        assert rows_of(run) == rows_of(whole)
+    else:
+        assert [row["step"] for row in rows_of(run)] == [row["step"] for row in rows_of(whole)]
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, folder, tmp_path_factory):
+    """Uninterrupted runs on two nodes, by ZeRO stage."""
+    base = tmp_path_factory.mktemp("whole")
+    jobs = {
+        stage: cluster.submit(TRAIN, *arguments(folder, base / f"zero{stage}", stage=stage), options=TWO)
+        for stage in (2, 3)
+    }
+    for stage, job in jobs.items():
+        assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+        assert len(rows_of(base / f"zero{stage}")) >= STEPS
+    return base
+
+
+@pytest.fixture(scope="module")
+def requeued(cluster, folder, tmp_path_factory):
+    """A ZeRO-2 run with loader processes that got SIGUSR1 after its third step, and what its attempts left."""
+    run = tmp_path_factory.mktemp("requeued") / "run"
+    more = [*SLOWLY, "--data.num_workers", "2"]
+    job = cluster.submit(TRAIN, *arguments(folder, run, *more), options=TWO)
+    started(run, 3)
+    cluster.run("scancel", "--signal=USR1", str(job))
+    cluster.wait_requeued(job)
+    kept = shutil.copytree(run, run.parent / "stopped", symlinks=True)
+    state = cluster.wait(job)
+    return run, kept, state, cluster.output(job)
+
+
+def test_ranks_are_laid_out_as_asked(cluster, tmp_path):
+    script = tmp_path / "layout.sbatch"
+    script.write_text(
+        "#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=2 --cpus-per-task=2\n"
+        f"source {ROOT}/slurm/job.sh\nbegin {tmp_path}/run\n"
+        "launch bash -c 'echo $SLURM_PROCID $SLURM_NODEID $SLURM_LOCALID $SLURM_CPUS_PER_TASK $OMP_NUM_THREADS "
+        "$MASTER_ADDR $MASTER_PORT $PTL_ATTEMPT'\nfinish $?\n"
+    )
+    job = cluster.submit(script)
+    assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    found = [(tmp_path / f"run/slurm/latest/rank{rank}.log").read_text().split() for rank in range(4)]
+    port = str(20000 + job % 20000)
+    assert found == [[str(r), str(r // 2), str(r % 2), "2", "1", "127.0.0.1", port, "1"] for r in range(4)]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_trains_on_two_nodes(whole, stage):
+    run = whole / f"zero{stage}"
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["world_size"] == 2 and environment["nodes"] == 2
+    assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+
+
+def test_law_6_a_signalled_job_is_requeued_and_ends_as_a_whole_one(requeued, whole):
+    run, stopped, state, said = requeued
+    assert state == "COMPLETED", said
+    summary = json.loads((stopped / "summary.json").read_text())
+    assert summary["status"] == "preempted" and 3 <= summary["global_step"] < STEPS
+    assert "ended with code 85" in said and "attempt 2" in said
+    starts = [row for row in attempts(run) if row["event"] == "start"]
+    assert len(starts) == 2 and (run / "slurm/latest").resolve().name == "attempt_2"
+    assert_same(run, whole / "zero2")
+
+
+def test_law_6_the_signal_does_not_touch_loader_processes(requeued):
+    run, *_ = requeued
+    logs = "".join(path.read_text() for path in run.glob("slurm/attempt_*/rank*.log"))
+    assert "DataLoader worker" not in logs and "Traceback" not in logs
+
+
+def test_law_6_two_nodes_work_goes_on_on_one(cluster, folder, requeued, whole, tmp_path):
+    _, stopped, *_ = requeued
+    run = shutil.copytree(stopped, tmp_path / "run", symlinks=True)
+    extra = ["--run.resume", "auto", "--trainer.accumulate_grad_batches", "4"]
+    job = cluster.submit(TRAIN, *arguments(folder, run, *extra))
+    assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    assert_same(run, whole / "zero2", exactly=False)
+
+
+def test_law_6_one_nodes_work_goes_on_on_two_and_other_runs_are_left_alone(cluster, folder, whole, tmp_path):
+    """Starts in a folder with another run's checkpoint, which must not be taken for its own."""
+    run = tmp_path / "run"
+    shutil.copytree(whole / "zero3" / "checkpoints", run / "checkpoints")
+    (run / "hpc_ckpt_1.ckpt").write_bytes(b"another program's")
+    extra = [*SLOWLY, "--run.resume", "auto", "--trainer.accumulate_grad_batches", "4"]
+    job = cluster.submit(TRAIN, *arguments(folder, run, *extra), PTL_MAX_RESTARTS="0")
+    started(run, 4)
+    cluster.run("scancel", "--signal=USR1", str(job))
+    assert cluster.wait(job) == "FAILED"  # it was not allowed to start again
+    assert "stopped: started again 0 times already" in cluster.output(job)
+    assert rows_of(run)[0]["step"] == 0 and "another run" in (run / "slurm/latest/rank0.log").read_text()
+    job = cluster.submit(TRAIN, *arguments(folder, run, "--run.resume", "auto"), options=TWO)
+    assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    assert_same(run, whole / "zero2", exactly=False)
+
+
+def test_law_6_a_killed_rank_ends_the_job_at_once_and_loses_nothing(cluster, folder, whole, tmp_path):
+    run = tmp_path / "run"
+    more = [*SLOWLY, "--checkpoint.every_n_train_steps", "2"]
+    job = cluster.submit(TRAIN, *arguments(folder, run, *more), options=TWO)
+    started(run, 3)
+    victims = [
+        int(pid)
+        for pid, *command in (line.split() for line in cluster.run("ps", "-eo", "pid,args").splitlines()[1:])
+        if str(run) in command and command[1:4] == ["-m", "ptl.cli", "fit"]
+    ]
+    assert len(victims) == 2
+    begun = time.monotonic()
+    os.kill(victims[-1], signal.SIGKILL)
+    cluster.wait_requeued(job, seconds=60)
+    assert time.monotonic() - begun < 60
+    assert "ended with code 137" in cluster.output(job)
+    assert latest_checkpoint(run) is not None
+    assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    assert_same(run, whole / "zero2")
+
+
+def test_law_6_the_time_limit_loses_nothing(cluster, folder, whole, tmp_path):
+    """SLURM signals 30 to 90 seconds before the limit of two minutes: its clock ticks once a minute."""
+    run = tmp_path / "run"
+    slowly = ["--trainer.callbacks", '[{"class_path": "tests.slurm.slow.Slowly", "init_args": {"seconds": 3}}]']
+    more = [*slowly, "--preemption.margin_seconds", "0"]
+    options = [*TWO, "--time=2", "--signal=USR1@30"]
+    job = cluster.submit(TRAIN, *arguments(folder, run, *more), options=options, PTL_MAX_CRASHES="5")
+    cluster.wait_requeued(job)
+    assert "(SIGUSR1); saved" in cluster.output(job)
+    assert cluster.wait(job, seconds=240) == "COMPLETED", cluster.output(job)
+    assert_same(run, whole / "zero2")
+
+
+def test_law_6_twenty_kills_while_saving_never_cost_a_whole_checkpoint(cluster, folder, tmp_path):
+    """Both ranks of a ZeRO-2 run are killed at random moments of a save, and each next attempt goes on."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    keys = {"trainer.max_epochs": 8}
+    common = ["--trainer.num_nodes=2", "--trainer.devices=1", "--checkpoint.every_n_train_steps", "1"]
+    reference = cluster.submit(TRAIN, *arguments(folder, whole, **keys), options=TWO)
+    plan = {
+        "run": str(run),
+        "arguments": arguments(folder, run, *common, "--run.resume", "auto", **keys),
+        "trials": 20,
+        "seed": 7,
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    script = tmp_path / "killed.sbatch"
+    script.write_text(
+        f"#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1\nexport MASTER_PORT=$((20000 + SLURM_JOB_ID * 40))\n"
+        f"srun --kill-on-bad-exit=1 $PTL_PYTHON -m tests.slurm.killed {tmp_path}/plan.json\n"
+    )
+    job = cluster.submit(script)
+    assert cluster.wait(job, seconds=300) == "COMPLETED", cluster.output(job)
+    seen = json.loads((tmp_path / "killed.json").read_text())
+    steps = [trial["step"] for trial in seen]
+    assert len(steps) == 20 and steps == sorted(steps) and steps[-1] > 0
+    assert sum(trial["hit"] for trial in seen) >= 5  # the others came just before or behind the save
+    last = cluster.submit(TRAIN, *arguments(folder, run, "--run.resume", "auto", **keys), options=TWO)
+    assert cluster.wait(last) == "COMPLETED", cluster.output(last)
+    assert cluster.wait(reference) == "COMPLETED", cluster.output(reference)
+    for name, weight in weights_of(run).items():
+        assert torch.equal(weight, weights_of(whole)[name]), name
+
+
+def test_a_crash_loop_is_stopped_at_the_cap(cluster, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho crashing >&2\nexit 3\n")
+    python.chmod(0o755)
+    run = tmp_path / "run"
+    job = cluster.submit(TRAIN, "--run.dir", str(run), PTL_PYTHON=str(python), PTL_MAX_CRASHES="2")
+    assert cluster.wait(job) == "FAILED"
+    said = cluster.output(job)
+    assert len(re.findall("ended with code 3", said)) == 3
+    assert "stopped: 3 crashes in a row without a new checkpoint" in said
+
+
+def test_a_mistake_is_said_once_and_not_repeated(cluster, folder, tmp_path):
+    """Tasks and devices that differ are found on every rank, before anybody waits for anybody."""
+    run = tmp_path / "run"
+    script = tmp_path / "own.sbatch"
+    command = " ".join(f"'{part}'" for part in arguments(folder, run, "--trainer.num_nodes=2", "--trainer.devices=2"))
+    script.write_text(
+        f"#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1\nsrun $PTL_PYTHON -m ptl.cli fit {command}\n"
+    )
+    job = cluster.submit(script)
+    bare = tmp_path / "bare.sbatch"
+    bare.write_text(f"#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1\n$PTL_PYTHON -m ptl.cli fit {command}\n")
+    without_srun = cluster.submit(bare)
+    wrong = cluster.submit(TRAIN, *arguments(folder, run, "--model.policy.nmae", "x"), options=TWO)
+    assert cluster.wait(job) == "FAILED"
+    assert "trainer.devices is 2 and srun starts 1 tasks a node" in cluster.output(job)
+    assert cluster.wait(without_srun) == "FAILED"
+    assert "was started without srun" in cluster.output(without_srun)
+    assert cluster.wait(wrong) == "FAILED"
+    said = cluster.output(wrong)
+    assert "a mistake in the command or the data: not started again" in said and "nmae" in said
