@@ -37,6 +37,8 @@ COMPILE_SECONDS = 900.0
 """A compilation takes minutes on a busy machine, never so many."""
 TAIL = 6000
 """Characters of each rank's output shown when a start fails."""
+PATIENCE = 3.0
+"""How many times as long a start may take as on a quiet machine."""
 GRACE = 10.0
 """Seconds that the other ranks may go on after one has failed; they usually fail too and say more."""
 
@@ -140,7 +142,7 @@ def run_ranks(
             ``PTL_TEST_ARGS`` and writes its result as JSON to the file that ``PTL_TEST_RESULT`` names.
         world_size: number of processes.
         args: keyword arguments of the function; JSON values.
-        timeout: seconds for the whole start.
+        timeout: seconds that the whole start takes at most on a quiet machine.
         env: variables set on top of ``rank_environment``; a value may hold ``{rank}``.
 
     Raises:
@@ -151,7 +153,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="ptl-ranks-") as name:
         ranks = _start(target, world_size, dict(args or {}), Path(name), dict(env or {}))
         try:
-            problem = _wait(ranks, timeout)
+            problem = _wait(ranks, PATIENCE * timeout)
         finally:
             _end(ranks)
         missing = [rank.index for rank in ranks if not rank.result.exists()]

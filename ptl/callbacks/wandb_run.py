@@ -177,8 +177,10 @@ class WandbRun(WandbLogger):
     def _init(self, mode: str) -> Any:
         import wandb
 
-        # An agent has asked its server for the id; W&B reads both variables by itself.
-        foreign = os.environ.get("WANDB_RUN_ID") or os.environ.get("WANDB_SWEEP_ID")
+        # A sweep's agent has asked its server for the id, which W&B takes from its variable by itself.
+        ours = (
+            None if os.environ.get("WANDB_SWEEP_ID") else os.environ.get("WANDB_RUN_ID") or make_run_id(self._run_dir)
+        )
         folder = os.environ.get("WANDB_DIR") or str(self._run_dir)
         settings = {
             "console": "off",
@@ -190,7 +192,7 @@ class WandbRun(WandbLogger):
         return wandb.init(
             project=self._project,
             dir=folder,
-            id=None if foreign else make_run_id(self._run_dir),
+            id=ours,
             resume="allow" if mode == "online" else None,
             mode=mode,  # pyright: ignore[reportArgumentType]
             reinit="create_new" if wandb.run is not None else None,

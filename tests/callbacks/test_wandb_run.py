@@ -83,7 +83,7 @@ def test_law_6_two_attempts_are_one_run_with_one_count_of_steps(made, fragments)
 
 def test_the_configuration_is_nested_and_attempts_are_listed(made, fragments):
     first, second = (merged(records, "config") for records in fragments)
-    assert first["model"]["init_args"]["policy"]["adapter"]["rank"] == 16 and first["seed_everything"] == 0
+    assert first["model"]["init_args"]["policy"]["name"] == f"{made[0]}/model" and first["seed_everything"] == 0
     assert first["trainer"]["max_steps"] == STEPS and "config" not in first
     differing = {key for key in first if first[key] != second[key]}
     assert differing == {"trainer", "facts"}  # the callback that stops the first

@@ -106,7 +106,8 @@ class Harm(L.Callback):
             self.do(wandb_process())
             for logger in trainer.loggers:  # more than W&B's buffers hold
                 for i in range(TRIES if isinstance(logger, WandbRun) else 0):
-                    logger.log_metrics({"text": "x" * 4000, "i": i}, step=1)
+                    row: dict[str, Any] = {"text": "x" * 4000, "i": i}
+                    logger.log_metrics(row, step=1)
 
 
 def wandb_process() -> int:
@@ -176,19 +177,23 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
 def troubles(folder: str) -> dict[str, str]:
     """Runs whose W&B fails, each in its own folder; what each wrote to stderr."""
+    import wandb
+
     out = {}
-    os.environ.update(no_proxy="127.0.0.1", NO_PROXY="127.0.0.1")
-    for name, harm in (("killed", kill), ("full", fill)):
-        out[name] = troubled(Path(folder, name), WandbRun(mode="offline"), Harm(harm))
+    os.environ.update(WANDB_API_KEY="a" * 40, no_proxy="127.0.0.1", NO_PROXY="127.0.0.1")
+    with Server.running() as server:
+        wandb.teardown()  # it reads its variables once
+        os.environ["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.server_port}"
+        logger = WandbRun(mode="online", init_timeout=30, finish_timeout=1)
+        out["lost"] = troubled(Path(folder, "lost"), logger, Harm(lambda process: server.close()))
+    wandb.teardown()
+    os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:1"
+    out["unreachable"] = troubled(Path(folder, "unreachable"), WandbRun(mode="online", init_timeout=2))
     Path(folder, "unwritable").mkdir()
     Path(folder, "unwritable", "wandb").write_text("in the way")
     out["unwritable"] = troubled(Path(folder, "unwritable"), WandbRun(mode="offline"))
-    with Server.running() as server:
-        os.environ.update(WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}", WANDB_API_KEY="a" * 40)
-        logger = WandbRun(mode="online", init_timeout=30, finish_timeout=1)
-        out["lost"] = troubled(Path(folder, "lost"), logger, Harm(lambda process: server.close()))
-    os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:1"
-    out["unreachable"] = troubled(Path(folder, "unreachable"), WandbRun(mode="online", init_timeout=2))
+    for name, harm in (("full", fill), ("killed", kill)):
+        out[name] = troubled(Path(folder, name), WandbRun(mode="offline"), Harm(harm))
     return out
 
 
@@ -226,7 +231,7 @@ def deepspeed(folder: str) -> dict[str, Any]:
 
 
 def make_all(folder: str) -> dict[str, Any]:
-    """Everything, in one process; those with a dead server last."""
+    """Everything, in one process; those with a server that is gone last."""
     from tests import tiny
     from tests.objectives import law
 
