@@ -255,6 +255,17 @@ def _own_environment() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _own_arguments(argv: Sequence[str]) -> Iterator[None]:
+    """Makes the command line this process's own: Lightning starts further ranks with it, and the run folder keeps it."""
+    before = sys.argv
+    sys.argv = [before[0], *argv]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+@contextlib.contextmanager
 def _leaving_on_signals() -> Iterator[None]:
     """A signal before the first step, while data and models are loaded, ends the run as one that comes later.
 
@@ -285,8 +296,7 @@ def run(argv: Sequence[str]) -> int:
 
     The traceback of a mistake is shown with ``PTL_TRACEBACK=1``; any other exception keeps its traceback.
     """
-    sys.argv = [sys.argv[0], *argv]  # Lightning starts further ranks with the same command line
-    with _own_environment(), _leaving_on_signals():
+    with _own_environment(), _own_arguments(argv), _leaving_on_signals():
         try:
             PTLCLI()
         except SystemExit as stop:

@@ -168,10 +168,9 @@ class ZeROStrategy(SteppedZeRO):
         if isinstance(self.accelerator, CUDAAccelerator):
             super().setup_environment()
         else:
-            if self.world_size > 1:
-                from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+            from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-                load_extension(ShareMemCommBuilder())  # before DeepSpeed does, when it joins the ranks
+            load_extension(ShareMemCommBuilder())  # before DeepSpeed does, when it joins the ranks
             super(DeepSpeedStrategy, self).setup_environment()
 
     @contextmanager

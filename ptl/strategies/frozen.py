@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptl.strategies.extensions import load_extension
 from ptl.strategies.zero_config import for_loading
 
 _STAGE_3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
@@ -35,6 +36,10 @@ class ShardedModel:
             )
         import deepspeed
 
+        if not torch.cuda.is_available():
+            from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+            load_extension(ShareMemCommBuilder())  # before DeepSpeed does
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), dist_init_required=False)
         with announced():
             model = build()

@@ -107,6 +107,15 @@ class Cluster:
                 raise AssertionError(f"job {job} was not requeued within {seconds:.0f} s\n{self.output(job)}")
             time.sleep(0.1)
 
+    def wait_said(self, job: int, words: str, seconds: float = 180) -> None:
+        """Waits until the batch script has said something; a requeued job is started at once."""
+        deadline = time.monotonic() + seconds
+        while words not in self.output(job):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"job {job} has not said {words!r} within {seconds:.0f} s\n{self.output(job)}")
+            self._start_at_once(job, self.show(job))
+            time.sleep(0.3)
+
     def _start_at_once(self, job: int | str, known: Mapping[str, str]) -> None:
         """Takes away the two minutes that SLURM lets a requeued job wait."""
         if known.get("JobState") == "PENDING" and known.get("Reason") == "BeginTime":

@@ -67,7 +67,7 @@ def whole(cluster, folder, tmp_path_factory):
 def requeued(cluster, folder, tmp_path_factory):
     """A ZeRO-2 run with loader processes that got SIGUSR1 after its third step, and what its attempts left."""
     run = tmp_path_factory.mktemp("requeued") / "run"
-    more = [*SLOWLY, "--data.num_workers", "2"]
+    more = [*SLOWLY, "--data.num_workers", "2", "--trainer.logger", "ptl.callbacks.wandb_run.WandbRun"]
     job = cluster.submit(TRAIN, *arguments(folder, run, *more), options=TWO)
     started(run, 3)
     cluster.run("scancel", "--signal=USR1", str(job))
@@ -117,6 +117,13 @@ def test_law_6_the_signal_does_not_touch_loader_processes(requeued):
     assert "DataLoader worker" not in logs and "Traceback" not in logs
 
 
+def test_law_6_both_attempts_are_one_wandb_run(requeued):
+    run, *_ = requeued
+    fragments = [path.name for path in (run / "wandb").glob("offline-run-*")]
+    assert len(fragments) == 2
+    assert {name.rpartition("-")[2] for name in fragments} == {json.loads((run / "run.json").read_text())["id"]}
+
+
 def test_law_6_two_nodes_work_goes_on_on_one(cluster, folder, requeued, whole, tmp_path):
     _, stopped, *_ = requeued
     run = shutil.copytree(stopped, tmp_path / "run", symlinks=True)
@@ -150,7 +157,7 @@ def test_law_6_a_killed_rank_ends_the_job_at_once_and_loses_nothing(cluster, fol
     started(run, 3)
     victims = [
         int(pid)
-        for pid, *command in (line.split() for line in cluster.run("ps", "-eo", "pid,args").splitlines()[1:])
+        for pid, *command in (line.split() for line in cluster.run("ps", "-ewwo", "pid,args").splitlines()[1:])
         if str(run) in command and command[1:4] == ["-m", "ptl.cli", "fit"]
     ]
     assert len(victims) == 2
@@ -214,6 +221,7 @@ def test_a_crash_loop_is_stopped_at_the_cap(cluster, tmp_path):
     python.chmod(0o755)
     run = tmp_path / "run"
     job = cluster.submit(TRAIN, "--run.dir", str(run), PTL_PYTHON=str(python), PTL_MAX_CRASHES="2")
+    cluster.wait_said(job, "stopped:")
     assert cluster.wait(job) == "FAILED"
     said = cluster.output(job)
     assert len(re.findall("ended with code 3", said)) == 3
