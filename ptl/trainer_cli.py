@@ -256,7 +256,7 @@ def _own_environment() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_arguments(argv: Sequence[str]) -> Iterator[None]:
-    """Makes the command line this process's own: Lightning starts further ranks with it, and the run folder keeps it."""
+    """Makes these the process's arguments: Lightning starts further ranks with them, the run folder keeps them."""
     before = sys.argv
     sys.argv = [before[0], *argv]
     try:

@@ -232,7 +232,8 @@ class WandbRun(WandbLogger):
         def log(run: Any) -> None:
             import wandb
 
-            table = wandb.Table(columns=columns and [*columns], data=redact_tree(data), dataframe=dataframe)
+            names: Any = columns
+            table = wandb.Table(columns=names, data=redact_tree(data), dataframe=dataframe)
             run.log({key: table, **({STEP: step} if step is not None else {})})
 
         self.tell(log)

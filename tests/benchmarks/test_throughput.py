@@ -112,9 +112,7 @@ def test_a_baseline_is_broken_by_time_and_by_memory():
         baseline.make([line(outcome="failed", error="boom")], settings)
 
 
-def test_the_baseline_in_the_repository_can_be_read(tmp_path):
-    held = baseline.read(baseline.FOLDER / "throughput_cpu.json")
-    assert len(held["keys"]) >= 4 and all(cell["share_of_matmul"] > 0 for cell in held["cells"])
+def test_a_file_that_is_no_baseline_is_named(tmp_path):
     (tmp_path / "none.json").write_text("{}")
     with pytest.raises(ValueError, match="is no baseline"):
         baseline.read(tmp_path / "none.json")

@@ -143,6 +143,7 @@ def running(folder: Path) -> Iterator[Cluster]:
         "PTL_PYTHON": sys.executable,
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),
