@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from ptl.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, foreign_checkpoints, latest_checkpoint
+from ptl.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
 from ptl.callbacks.exit_codes import REQUEUE, REWIND, PreemptedError
 from ptl.callbacks.export import Export
 from ptl.callbacks.facts import run_tags
@@ -33,6 +33,7 @@ from ptl.callbacks.jsonl import JsonlLogger
 from ptl.callbacks.preemption import Preemption
 from ptl.callbacks.record import RunRecord, run_folder
 from ptl.callbacks.redact import redact
+from ptl.callbacks.saved import foreign_checkpoints, latest_checkpoint
 from ptl.callbacks.stragglers import Stragglers
 from ptl.callbacks.throughput import Throughput
 from ptl.callbacks.wandb_run import WandbRun

@@ -49,9 +49,10 @@ begin() {
   job_setup
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take over sbatch's --cpus-per-task
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} PYTHONFAULTHANDLER=1
-  MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+  # Not a MASTER_ADDR that the submitting shell or an earlier job has left in the environment.
+  MASTER_ADDR=${PTL_MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
   MASTER_PORT=${PTL_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
-  export MASTER_ADDR MASTER_PORT PTL_ATTEMPT=$attempt
+  export MASTER_ADDR MASTER_PORT
   local end
   end=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e || true)
   PTL_JOB_END=$(date --date "$end" +%s 2>/dev/null || true) # unlimited jobs have none
@@ -110,6 +111,8 @@ finish() {
   echo "starts again"
   scontrol requeue "$SLURM_JOB_ID" && sleep 120
   # Requeueing is off on this cluster: a new job takes over.
-  PTL_RESTARTS=$((restarts + 1)) sbatch --dependency="afterany:$SLURM_JOB_ID" "${again[@]}"
+  PTL_RESTARTS=$((restarts + 1)) sbatch "${sbatch_options[@]}" --job-name="$SLURM_JOB_NAME" \
+    --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="${SLURM_NTASKS_PER_NODE:-1}" \
+    --output="$run/slurm/%j.out" --dependency="afterany:$SLURM_JOB_ID" "${again[@]}"
   exit 0
 }

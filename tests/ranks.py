@@ -108,7 +108,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     compile_extensions()
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"},  # a process of the caller's
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "RANK": str(rank),

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ptl.callbacks.health import EngineStrategy
 from ptl.callbacks.record import run_folder
+from ptl.callbacks.run_identity import run_id
 from ptl.data.durable import write_text
-from ptl.data.run_identity import run_id
 from ptl.models.adapters import is_adapted
 from ptl.models.export import export
 from ptl.strategies.partition import consolidated_state_dict

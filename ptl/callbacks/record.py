@@ -31,12 +31,12 @@ from ptl.callbacks.exit_codes import PreemptedError
 from ptl.callbacks.facts import command_line, environment, git_state, versions
 from ptl.callbacks.jsonl import METRICS_FILE, JsonlLogger, read_rows
 from ptl.callbacks.redact import redact, redact_tree
+from ptl.callbacks.run_identity import make_run_id
 from ptl.callbacks.shape import parameter_counts
 from ptl.callbacks.throughput import Throughput
 from ptl.callbacks.wandb_run import WandbRun, tell
 from ptl.data.durable import append_line, write_text
 from ptl.data.fingerprints import template_digest
-from ptl.data.run_identity import make_run_id
 
 ATTEMPTS_FILE = "attempts.jsonl"
 SUMMARY_FILE = "summary.json"

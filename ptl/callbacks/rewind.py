@@ -17,8 +17,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from ptl.callbacks.checkpoint import latest_checkpoint
 from ptl.callbacks.record import run_folder
+from ptl.callbacks.saved import latest_checkpoint
 from ptl.data.durable import write_text
 from ptl.data.module import ChatDataModule
 from ptl.strategies.checkpoints import read_record

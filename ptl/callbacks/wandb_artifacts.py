@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ptl.data.run_identity import run_id
+from ptl.callbacks.run_identity import run_id
 
 EXPORTS = ("export", "export_adapter")
 MANIFEST, SUMMARY = "stage.json", "summary.json"

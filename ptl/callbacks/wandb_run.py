@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from ptl.callbacks import wandb_artifacts
 from ptl.callbacks.exit_codes import REQUEUE, REWIND
 from ptl.callbacks.redact import redact, redact_tree
-from ptl.data.run_identity import make_run_id
+from ptl.callbacks.run_identity import make_run_id
 
 STEP, TOKENS_SEEN = "trainer/global_step", "trainer/tokens_seen"
 """The x-axes: optimizer steps for all metrics, and real tokens of all ranks, which a chart can choose instead."""
@@ -177,6 +177,9 @@ class WandbRun(WandbLogger):
     def _init(self, mode: str) -> Any:
         import wandb
 
+        # A W&B process that a notebook or an earlier program has named in the environment may be gone, or be on the
+        # machine that submitted the job.
+        os.environ.pop("WANDB_SERVICE", None)
         # A sweep's agent has asked its server for the id, which W&B takes from its variable by itself.
         ours = (
             None if os.environ.get("WANDB_SWEEP_ID") else os.environ.get("WANDB_RUN_ID") or make_run_id(self._run_dir)

@@ -19,7 +19,7 @@ from ptl.data.batches import Layout
 from ptl.data.order import Plan
 from ptl.data.units import Units
 from ptl.data.views import View
-from ptl.data.workers import ignore_signals
+from ptl.data.workers import outlive_signals
 from ptl.types import PromptBatch, Turn
 
 
@@ -179,7 +179,7 @@ class Loader:
                 sampler=_Planned(self._batches),
                 collate_fn=_as_is,
                 num_workers=self._num_workers,
-                worker_init_fn=ignore_signals,
+                worker_init_fn=outlive_signals,
                 persistent_workers=self._num_workers > 0,
                 pin_memory=self._pin_memory,
                 generator=torch.Generator(),  # torch draws a seed each pass; the run's own generator is left alone

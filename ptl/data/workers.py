@@ -32,10 +32,19 @@ class WorkerError(RuntimeError):
     """A process died, or failed on something that is not the data."""
 
 
-def ignore_signals(_worker: int = 0) -> None:
-    """For a loader's processes: SLURM signals them with their parent, which alone decides when they end."""
-    for name in ("SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT"):
+OUTLIVE_SECONDS = 600
+"""How long a loader's process goes on after a SIGTERM: longer than a run takes to leave."""
+
+
+def outlive_signals(_worker: int = 0, seconds: int = OUTLIVE_SECONDS) -> None:
+    """For a loader's processes: SLURM signals them with their parent, which alone decides when they end.
+
+    SIGTERM is heeded late instead of never, since Python waits at its exit for processes that it has sent one.
+    """
+    for name in ("SIGUSR1", "SIGUSR2", "SIGINT"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends a process
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(seconds))
 
 
 def processes(num_proc: int | None) -> int:

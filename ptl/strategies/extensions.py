@@ -17,7 +17,7 @@ def load_extension(builder: Any) -> None:
     """Compiles or loads what an op builder of DeepSpeed's makes.
 
     torch guards a compilation by a file that outlives a process killed meanwhile, and everybody waits for it without
-    end (torch issue #39712 and its kin). The lock here goes with its process; whoever holds it takes a leftover away.
+    end. The lock here goes with its process; whoever holds it takes a leftover away.
     DeepSpeed keeps what was loaded, so that its own call afterwards neither compiles nor waits.
 
     Raises:

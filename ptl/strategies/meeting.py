@@ -8,7 +8,7 @@ import time
 from datetime import timedelta
 
 from lightning.fabric.plugins.environments import ClusterEnvironment
-from torch.distributed import DistError, TCPStore
+from torch.distributed import TCPStore
 
 _HERE, _VERDICT = "ptl/here/{}", "ptl/verdict"
 _GRACE = 30.0
@@ -50,14 +50,14 @@ def meet(environment: ClusterEnvironment, seconds: float) -> TCPStore | None:
             multi_tenant=True,  # shared with the process group's own store in this process
         )
         store.set(_HERE.format(rank), here)
-    except (DistError, RuntimeError) as error:
+    except RuntimeError as error:
         raise ValueError(_no_store(rank, here, host, port, seconds, error)) from error
     if rank == 0:
         store.set(_VERDICT, _missing(store, world, seconds))
     else:
         try:
             store.wait([_VERDICT], timedelta(seconds=seconds + _GRACE))
-        except (DistError, RuntimeError) as error:
+        except RuntimeError as error:
             raise ValueError(f"rank {rank} on {here}: rank 0 at {host}:{port} has gone while it waited") from error
     if verdict := store.get(_VERDICT).decode():
         raise ValueError(verdict)
@@ -71,7 +71,7 @@ def _missing(store: TCPStore, world: int, seconds: float) -> str:
     for rank in range(world):
         try:
             store.wait([_HERE.format(rank)], timedelta(seconds=max(0.1, deadline - time.monotonic())))
-        except (DistError, RuntimeError):
+        except RuntimeError:
             absent.append(rank)
     if not absent:
         return ""

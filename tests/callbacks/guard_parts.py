@@ -9,11 +9,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ptl.callbacks.checkpoint import Checkpoint, latest_checkpoint
+from ptl.callbacks.checkpoint import Checkpoint
 from ptl.callbacks.health import DivergedError, Health, RewindError
 from ptl.callbacks.jsonl import read_metrics, read_rows
 from ptl.callbacks.record import RunRecord
 from ptl.callbacks.rewind import read_rewind
+from ptl.callbacks.saved import latest_checkpoint
 from ptl.callbacks.stragglers import Stragglers
 from ptl.callbacks.throughput import token_batches
 from ptl.strategies.deepspeed import ZeROStrategy, consolidated_state_dict

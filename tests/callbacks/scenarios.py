@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from ptl.callbacks.checkpoint import Checkpoint, latest_checkpoint
+from ptl.callbacks.checkpoint import Checkpoint
 from ptl.callbacks.export import Export
 from ptl.callbacks.health import Health
 from ptl.callbacks.jsonl import read_metrics
 from ptl.callbacks.record import RunRecord
 from ptl.callbacks.samples import Samples
+from ptl.callbacks.saved import latest_checkpoint
 from ptl.callbacks.shape import model_shape, parameter_counts
 from ptl.callbacks.throughput import Throughput
 from ptl.functional.flops import Work, training_flops

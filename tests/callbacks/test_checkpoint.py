@@ -160,6 +160,20 @@ def test_law_6_a_resumed_run_ends_with_the_same_weights(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_law_6_what_a_run_resumed_from_stays_until_a_newer_one_is_there(tmp_path):
+    """A save that is killed between its two renames leaves the whole checkpoint under another name than it holds."""
+    fit(tmp_path, 2)
+    old = (tmp_path / "checkpoints/step=00000002.ckpt").rename(tmp_path / "checkpoints/.left.ckpt")
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            assert old.exists() or trainer.global_step > 3
+
+    checkpoint = Checkpoint(every_n_train_steps=2)
+    trainer(tmp_path, [checkpoint, Look()], max_steps=6).fit(Toy(), loader(BATCHES), ckpt_path=str(old))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step=00000006.ckpt"]
+
+
 def test_the_last_step_is_saved_and_only_the_newest_kept(tmp_path):
     fit(tmp_path, 5)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step=00000005.ckpt"]

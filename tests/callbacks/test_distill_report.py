@@ -11,13 +11,14 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.image import imread
 
-from ptl.callbacks.checkpoint import Checkpoint, latest_checkpoint
+from ptl.callbacks.checkpoint import Checkpoint
 from ptl.callbacks.comparison import compare_models
 from ptl.callbacks.distill_report import DistillReport
 from ptl.callbacks.export import Export
 from ptl.callbacks.held_rows import held_rows, is_right, last_number, text_of
 from ptl.callbacks.jsonl import read_metrics
 from ptl.callbacks.record import RunRecord
+from ptl.callbacks.saved import latest_checkpoint
 from ptl.callbacks.throughput import Throughput
 from ptl.data.sources import Source
 from ptl.models.spec import ModelSpec

@@ -4,9 +4,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from ptl.callbacks.checkpoint import Checkpoint, latest_checkpoint
+from ptl.callbacks.checkpoint import Checkpoint
 from ptl.callbacks.health import SLOW_BF16, DivergedError, Health, bf16_keys, bf16_slowdown
 from ptl.callbacks.jsonl import read_metrics
+from ptl.callbacks.saved import latest_checkpoint
 from tests.callbacks.parts import Toy, loader, packed, trainer
 
 

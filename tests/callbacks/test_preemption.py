@@ -13,11 +13,12 @@ import lightning as L
 import pytest
 import torch
 
-from ptl.callbacks.checkpoint import Checkpoint, latest_checkpoint
+from ptl.callbacks.checkpoint import Checkpoint
 from ptl.callbacks.exit_codes import PreemptedError
 from ptl.callbacks.jsonl import METRICS_FILE, JsonlLogger, read_metrics
 from ptl.callbacks.preemption import JOB_END, Preemption
 from ptl.callbacks.record import RunRecord
+from ptl.callbacks.saved import latest_checkpoint
 from tests.objectives import law
 from tests.objectives.test_sft import fit, objective_of
 

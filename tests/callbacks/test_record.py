@@ -10,10 +10,11 @@ import lightning as L
 import pytest
 from lightning.pytorch.loggers import WandbLogger
 
-from ptl.callbacks.checkpoint import Checkpoint, latest_checkpoint
+from ptl.callbacks.checkpoint import Checkpoint
 from ptl.callbacks.facts import MAX_DIFF_BYTES, git_state, versions
 from ptl.callbacks.jsonl import JsonlLogger, read_metrics, read_rows
 from ptl.callbacks.record import RunRecord, attempt_times, run_folder
+from ptl.callbacks.saved import latest_checkpoint
 from ptl.callbacks.throughput import Throughput
 from tests.callbacks.parts import Toy, loader, packed, trainer
 from tests.callbacks.real import chat, make_inputs, sft

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from ptl import cli
-from ptl.callbacks.checkpoint import Checkpoint, latest_checkpoint
+from ptl.callbacks.checkpoint import Checkpoint
 from ptl.callbacks.exit_codes import REWIND
 from ptl.callbacks.health import DivergedError, Health, RewindError
 from ptl.callbacks.jsonl import read_metrics, read_rows
 from ptl.callbacks.record import RunRecord
 from ptl.callbacks.rewind import read_rewind
+from ptl.callbacks.saved import latest_checkpoint
 from ptl.data.module import ChatDataModule
 from ptl.data.parts import Preparation
 from ptl.data.sources import Source

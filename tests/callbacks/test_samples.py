@@ -61,7 +61,8 @@ def test_answers_are_kept_with_their_step(tmp_path, inputs, capsys):
 
 
 def test_a_resumed_run_does_not_ask_at_its_start_again(tmp_path, inputs):
-    from ptl.callbacks.checkpoint import Checkpoint, latest_checkpoint
+    from ptl.callbacks.checkpoint import Checkpoint
+    from ptl.callbacks.saved import latest_checkpoint
 
     fit(tmp_path, inputs, [Samples(["hello"], console=False), Checkpoint()], steps=2)
     model, data = inputs

@@ -14,9 +14,9 @@ from ptl.callbacks.facts import run_tags
 from ptl.callbacks.jsonl import read_metrics
 from ptl.callbacks.record import RunRecord
 from ptl.callbacks.rewind import RewindError
+from ptl.callbacks.run_identity import run_id
 from ptl.callbacks.throughput import Throughput
 from ptl.callbacks.wandb_run import WandbRun
-from ptl.data.run_identity import run_id
 from ptl.models.spec import LoRA, ModelSpec
 from tests.callbacks.parts import Toy, loader, packed, trainer
 from tests.callbacks.wandb_parts import SECRET, STEPS, STOP

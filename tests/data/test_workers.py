@@ -1,6 +1,8 @@
 """The map over processes: order, bounded look-ahead, and failures that are told."""
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ptl.data.workers import MOST, WorkerError, in_order, processes
+from ptl.data.workers import MOST, WorkerError, in_order, outlive_signals, processes
 
 
 def slow_square(number):
@@ -103,3 +105,25 @@ def test_no_process_outlives_a_killed_parent():
     while any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text() for pid in pids):
         assert time.monotonic() < end, f"{pids} are still there"
         time.sleep(0.05)
+
+
+def test_a_loaders_process_outlives_its_parents_signals_but_not_for_ever():
+    def serve(ready) -> None:
+        outlive_signals(seconds=1)
+        ready.set()
+        time.sleep(60)
+
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=serve, args=(ready,), daemon=True)
+    process.start()
+    try:
+        assert ready.wait(20)
+        for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+            os.kill(process.pid, number)
+        process.join(0.4)
+        assert process.is_alive()
+        process.join(20)
+        assert process.exitcode == -signal.SIGALRM
+    finally:
+        process.kill()

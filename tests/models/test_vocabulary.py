@@ -123,12 +123,15 @@ def test_bytes_of_a_byte_level_vocabulary(tokenizer):
     assert token_bytes(tokenizer)[-1] == "<tool é>".encode()
 
 
-def test_a_vocabulary_of_150_000_is_compared_within_two_seconds(tokenizer):
-    def large(vocab):
-        return {**vocab, **{f"word{i}": len(vocab) + i for i in range(150_000)}}
+def test_a_large_vocabulary_is_compared_in_linear_time(tokenizer):
+    def seconds(size):
+        def large(vocab):
+            return {**vocab, **{f"word{i}": len(vocab) + i for i in range(size)}}
 
-    student, teacher = rewrap(tokenizer, large), rewrap(tokenizer, large)
-    start = time.perf_counter()
-    assert shared_vocabulary(student, teacher) == len(tokenizer) + 150_000
-    vocabulary_fingerprint(student)
-    assert time.perf_counter() - start < 2
+        student, teacher = rewrap(tokenizer, large), rewrap(tokenizer, large)
+        start = time.process_time()
+        assert shared_vocabulary(student, teacher) == len(tokenizer) + size
+        vocabulary_fingerprint(student)
+        return time.process_time() - start
+
+    assert seconds(160_000) < 40 * min(seconds(16_000) for _ in range(3))  # by pairs it would be 100 times

@@ -19,6 +19,7 @@ from tests.ranks import EXTENSIONS, ROOT, compile_extensions
 
 INSTALL = "apt-get install --no-install-recommends slurm-wlm"
 DONE = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"}
+REQUEUED = ("starts again", "DUE TO JOB REQUEUE ***")
 NODES = 2
 CPUS = 4
 
@@ -91,8 +92,9 @@ class Cluster:
             known = self.show(job)
             before, state = state, known.get("JobState", "")
             since = since if state == before else time.monotonic()
-            # A job that is being requeued looks failed or cancelled for a while.
-            settled = state == "COMPLETED" or state not in DONE or time.monotonic() - since > 4
+            # A job that is being requeued looks failed or cancelled for a while, longer on a busy machine.
+            patience = 60 if self.output(job).rstrip().endswith(REQUEUED) else 4
+            settled = state == "COMPLETED" or state not in DONE or time.monotonic() - since > patience
             if state in states and settled:
                 return state
             self._start_at_once(job, known)
@@ -135,11 +137,13 @@ def running(folder: Path) -> Iterator[Cluster]:
     (folder / "state").mkdir(parents=True)
     (folder / "slurm.conf").write_text(_CONFIG.format(folder=folder, host=host, port=ports[0], ports=_list(ports[1:])))
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    foreign = ("SLURM", "SBATCH", "PTL_", "WANDB_SERVICE")
     environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "PTL_"))},
+        **{name: value for name, value in os.environ.items() if not name.startswith(foreign)},
         "PATH": path,
         "SLURM_CONF": str(folder / "slurm.conf"),
         "MASTER_ADDR": "127.0.0.1",  # the nodes' names do not resolve
+        "PTL_MASTER_ADDR": "127.0.0.1",
         "PTL_PYTHON": sys.executable,
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",

@@ -89,7 +89,7 @@ def _changed(path: Path) -> float:
 
 def _state(folder: Path, run: Path) -> dict[str, Any]:
     """What a kill has left: the step of the newest whole checkpoint, and whether the kill hit a save."""
-    from ptl.callbacks.checkpoint import latest_checkpoint
+    from ptl.callbacks.saved import latest_checkpoint
     from ptl.strategies.checkpoints import read_record
 
     newest = latest_checkpoint(run)

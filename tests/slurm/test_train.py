@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptl.callbacks.checkpoint import latest_checkpoint
+from ptl.callbacks.saved import latest_checkpoint
 from tests.ranks import ROOT
 from tests.slurm.jobs import STEPS, arguments, rows_of, weights_of
 
@@ -83,13 +83,13 @@ def test_ranks_are_laid_out_as_asked(cluster, tmp_path):
         "#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=2 --cpus-per-task=2\n"
         f"source {ROOT}/slurm/job.sh\nbegin {tmp_path}/run\n"
         "launch bash -c 'echo $SLURM_PROCID $SLURM_NODEID $SLURM_LOCALID $SLURM_CPUS_PER_TASK $OMP_NUM_THREADS "
-        "$MASTER_ADDR $MASTER_PORT $PTL_ATTEMPT'\nfinish $?\n"
+        "$MASTER_ADDR $MASTER_PORT'\nfinish $?\n"
     )
     job = cluster.submit(script)
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     found = [(tmp_path / f"run/slurm/latest/rank{rank}.log").read_text().split() for rank in range(4)]
     port = str(20000 + job % 20000)
-    assert found == [[str(r), str(r // 2), str(r % 2), "2", "1", "127.0.0.1", port, "1"] for r in range(4)]
+    assert found == [[str(r), str(r // 2), str(r % 2), "2", "1", "127.0.0.1", port] for r in range(4)]
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -165,22 +165,23 @@ def test_law_6_a_killed_rank_ends_the_job_at_once_and_loses_nothing(cluster, fol
     os.kill(victims[-1], signal.SIGKILL)
     cluster.wait_requeued(job, seconds=60)
     assert time.monotonic() - begun < 60
-    assert "ended with code 137" in cluster.output(job)
+    # 137 for the killed rank, 1 where the other one's broken connection was heard of first.
+    assert re.search(r"ended with code (137|1),", cluster.output(job)), cluster.output(job)
     assert latest_checkpoint(run) is not None
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     assert_same(run, whole / "zero2")
 
 
+@pytest.mark.slow
 def test_law_6_the_time_limit_loses_nothing(cluster, folder, whole, tmp_path):
     """SLURM signals 30 to 90 seconds before the limit of two minutes: its clock ticks once a minute."""
     run = tmp_path / "run"
-    slowly = ["--trainer.callbacks", '[{"class_path": "tests.slurm.slow.Slowly", "init_args": {"seconds": 3}}]']
+    slowly = ["--trainer.callbacks", '[{"class_path": "tests.slurm.slow.Slowly", "init_args": {"seconds": 4}}]']
     more = [*slowly, "--preemption.margin_seconds", "0"]
     options = [*TWO, "--time=2", "--signal=USR1@30"]
     job = cluster.submit(TRAIN, *arguments(folder, run, *more), options=options, PTL_MAX_CRASHES="5")
-    cluster.wait_requeued(job)
+    assert cluster.wait(job, seconds=600) == "COMPLETED", cluster.output(job)
     assert "(SIGUSR1); saved" in cluster.output(job)
-    assert cluster.wait(job, seconds=240) == "COMPLETED", cluster.output(job)
     assert_same(run, whole / "zero2")
 
 
@@ -226,6 +227,24 @@ def test_a_crash_loop_is_stopped_at_the_cap(cluster, tmp_path):
     said = cluster.output(job)
     assert len(re.findall("ended with code 3", said)) == 3
     assert "stopped: 3 crashes in a row without a new checkpoint" in said
+
+
+def test_where_a_job_may_not_be_requeued_a_new_one_takes_over(cluster, tmp_path):
+    """It has as many nodes, counts its restarts, and stops at the cap."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 85\n")
+    python.chmod(0o755)
+    options = [*TWO, "--no-requeue", "--job-name=chained"]
+    job = cluster.submit(
+        TRAIN, "--run.dir", str(tmp_path / "run"), options=options, PTL_PYTHON=str(python), PTL_MAX_RESTARTS="1"
+    )
+    cluster.wait_said(job, "Submitted batch job")
+    following = int(re.search(r"Submitted batch job (\d+)", cluster.output(job))[1])  # pyright: ignore
+    assert cluster.wait(job) == "COMPLETED" and cluster.wait(following) == "FAILED"
+    known = cluster.show(following)
+    assert known["JobName"] == "chained" and known["NumNodes"] == "2"
+    said = (tmp_path / f"run/slurm/{following}.out").read_text()
+    assert "restart 1" in said and "stopped: started again 1 times already" in said
 
 
 def test_a_mistake_is_said_once_and_not_repeated(cluster, folder, tmp_path):
