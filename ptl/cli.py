@@ -15,11 +15,13 @@ TRAINING = {
 }
 LIGHT = {
     "data": ("ptl.apps.data", "preview, audit or prepare training data"),
+    "tokens": ("ptl.apps.tokens", "give a base model new tokens; train a tokenizer"),
     "export": ("ptl.apps.export", "merge adapters and write a plain Hugging Face folder"),
     "synth": ("ptl.apps.synth", "sample answers to rank; let a teacher score or answer a data set; make a student"),
     "rank": ("ptl.apps.rank", "a page where people rank answers; measure reward models on rankings"),
     "compare": ("ptl.apps.compare", "runs side by side: what differs, metrics over seeds, cost, curves"),
     "chat": ("ptl.apps.chat", "talk to a model or to a run folder"),
+    "serve": ("ptl.apps.serve", "a model behind OpenAI's API on this machine, and a page to talk to it"),
     "plan": ("ptl.apps.plan", "memory and time of a run by arithmetic: what fits, and which strategy to choose"),
     "doctor": ("ptl.apps.doctor", "is this machine, or every rank of a job, fit to train"),
 }

@@ -7,107 +7,26 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ptl.apps.reply import Reply, check_sampling
+from ptl.tools.base import Result
+from ptl.tools.calls import form_of, stop_texts
+from ptl.tools.load import load_tools
+from ptl.tools.loop import ROUNDS, Piece, Stopped, answer
+from ptl.tools.toolbox import Toolbox
 from ptl.types import Message
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from ptl.data.render import Renderer
 
-
-def stream_reply(
-    model: nn.Module,
-    renderer: Renderer,
-    messages: Sequence[Message],
-    *,
-    temperature: float = 0.7,
-    top_p: float = 1.0,
-    max_new_tokens: int = 512,
-    seed: int | None = None,
-) -> Iterator[str]:
-    """Pieces of the answer as they are decoded; together they are the answer without its special tokens.
-
-    Every sampling field is given here; none comes from the model's generation configuration.
-
-    Arguments:
-        model: a causal language model in eval mode.
-        renderer: renders the prompt as in training, and names the tokens that end a turn.
-        messages: the dialogue so far, a user's turn last.
-        temperature: 0 takes the likeliest token.
-        top_p: share of the probability, in (0, 1], that is sampled from.
-        max_new_tokens: most tokens of the answer.
-        seed: of the sampling; None draws another each time.
-
-    Raises:
-        ValueError: a field out of its range, messages that the template refuses, or a dialogue that fills the model's
-            context.
-    """
-    import torch
-
-    check_sampling(temperature, top_p, max_new_tokens)
-    device = next(model.parameters()).device
-    generator = torch.Generator(device)
-    generator.manual_seed(seed) if seed is not None else generator.seed()
-    prompt = renderer.prompt(messages)
-    room = _context(model) - len(prompt)
-    if room < 1:
-        raise ValueError(
-            f"the dialogue has {len(prompt)} tokens and the model reads {_context(model)}: start a new one"
-        )
-    inputs, cache = torch.tensor([prompt], device=device), None
-    ends, ids, shown = _ends(model, renderer), [], ""
-    with torch.inference_mode():
-        for _ in range(min(max_new_tokens, room)):
-            out = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
-            token = choose(out.logits[0, -1].float(), temperature, top_p, generator)
-            if token in ends:
-                break
-            ids.append(token)
-            inputs = inputs.new_tensor([[token]])
-            text = str(renderer.tokenizer.decode(ids, skip_special_tokens=True))
-            # A character of several tokens decodes to the replacement mark until its last one is there.
-            if not text.endswith("\ufffd") and len(text) > len(shown):
-                yield text[len(shown) :]
-                shown = text
-    text = str(renderer.tokenizer.decode(ids, skip_special_tokens=True))
-    if len(text) > len(shown):
-        yield text[len(shown) :]
+SHOWN = 300
+"""Characters of a tool's result that a person sees."""
 
 
-def check_sampling(temperature: float, top_p: float, max_new_tokens: int) -> None:
-    """Refuses a field out of its range with a ``ValueError`` that names the option."""
-    if temperature < 0:
-        raise ValueError(f"--temperature must be 0 or more, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"--top-p must be above 0 and at most 1, got {top_p}")
-    if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be 1 or more, got {max_new_tokens}")
-
-
-def _context(model: Any) -> int:
-    """Positions that the model was made for."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-
-
-def _ends(model: Any, renderer: Renderer) -> set[int]:
-    """Tokens that end an answer: the template's, and those that the model itself stops at."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return {*renderer.terminators, *([] if own is None else [own] if isinstance(own, int) else own)}
-
-
-def choose(logits: Tensor, temperature: float, top_p: float, generator: object) -> int:
-    """One token id from logits [V]; with ``top_p``, from the smallest set of likeliest tokens that holds that share."""
-    import torch
-
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities = torch.softmax(logits / temperature, -1)
-    if top_p < 1:
-        ranked, order = probabilities.sort(descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
-        probabilities = torch.zeros_like(probabilities).scatter(0, order, ranked)
-    return int(torch.multinomial(probabilities, 1, generator=generator))  # pyright: ignore[reportArgumentType]
+def stream_reply(model: nn.Module, renderer: Renderer, messages: Sequence[Message], **sampling: Any) -> Iterator[str]:
+    """Pieces of the answer as they are decoded; arguments and errors as of ``Reply``."""
+    return iter(Reply(model, renderer, messages, **sampling))
 
 
 def generate_reply(model: nn.Module, renderer: Renderer, messages: Sequence[Message], **sampling: float) -> str:
@@ -127,6 +46,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--tools",
+        nargs="+",
+        default=[],
+        metavar="TOOL",
+        help="tools that the model may call: search=PATH, python, calculator, clock, package.module:function",
+    )
+    parser.add_argument("--tool-seconds", type=float, default=20.0, help="most time of a call")
+    parser.add_argument("--tool-rounds", type=int, default=ROUNDS, help="most turns that call tools for an answer")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32", "fp16"), default="auto")
     options = parser.parse_args(list(argv))
     try:
@@ -138,6 +66,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _chat(options: argparse.Namespace) -> int:
     check_sampling(options.temperature, options.top_p, options.max_new_tokens)
+    if options.tool_rounds < 1:
+        raise ValueError(f"--tool-rounds must be 1 or more, got {options.tool_rounds}")
     from ptl.apps.runs import load_model, quiet_libraries
     from ptl.data.render import Renderer
     from ptl.data.tokenizer import load_tokenizer
@@ -154,6 +84,12 @@ def _chat(options: argparse.Namespace) -> int:
         "max_new_tokens": options.max_new_tokens,
         "seed": options.seed,
     }
+    box = Toolbox(load_tools(options.tools), seconds=options.tool_seconds)
+    listed = box.schemas if form_of(renderer, box.tools) == "calls" else []
+
+    def write(messages: Sequence[Message]) -> Iterator[str]:
+        return stream_reply(model, renderer, messages, **sampling, tools=listed, stops=stop_texts(box.tools))
+
     messages = list(first)
     for text in _turns(options.message):
         if text in ("/exit", "/quit"):
@@ -161,12 +97,10 @@ def _chat(options: argparse.Namespace) -> int:
         if text == "/reset":
             messages = list(first)
             continue
-        messages.append(Message(role="user", content=text))
-        said = ""
+        asked = [*messages, Message(role="user", content=text)]
         try:
-            for piece in stream_reply(model, renderer, messages, **sampling):
-                print(piece, end="", flush=True)
-                said += piece
+            for event in answer(asked, write, box, rounds=options.tool_rounds):
+                show(event)
         except KeyboardInterrupt:
             pass  # stops the answer, not the program
         except ValueError as mistake:
@@ -174,11 +108,26 @@ def _chat(options: argparse.Namespace) -> int:
                 raise
             # A person at a terminal keeps the loaded model and may say /reset.
             print(f"ptl chat: error: {mistake}", file=sys.stderr)
-            messages.pop()
             continue
         print(flush=True)
-        messages.append(Message(role="assistant", content=said))
+        messages = asked
     return 0
+
+
+def show(event: Piece | Result | Stopped) -> None:
+    """Prints what happens: the answer on stdout, tools on stderr."""
+    if isinstance(event, Piece):
+        print(event.text, end="", flush=True)
+    elif isinstance(event, Result):
+        text = " ".join(event.text.split())
+        print(flush=True)
+        print(
+            f"[{event.call}: {event.seconds:.1f} s] {text[:SHOWN]}{'...' if len(text) > SHOWN else ''}", file=sys.stderr
+        )
+        if event.problem:
+            print(f"ptl chat: warning: {' '.join(event.problem.split())[:SHOWN]}", file=sys.stderr)
+    else:
+        print(f"\nptl chat: warning: {event.reason}; raise --tool-rounds", file=sys.stderr)
 
 
 def _turns(given: list[str] | None) -> Iterator[str]:

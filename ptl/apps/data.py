@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ptl.data.render import Renderer
     from ptl.data.sources import Source
 
-TRUNCATION = ("drop", "error", "keep_start", "drop_oldest_turns")
+TRUNCATION = ("drop", "error", "keep_start", "drop_oldest_turns", "split")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -21,6 +21,9 @@ TEXTS = (
 )
 """What both models read for the comparison."""
 AGREEMENT = "reward_agreement.json"
+FORMATS = "format_report.json"
+DOCUMENTS, LONGEST = 64, 1024
+"""Documents that two formats are compared on, and tokens of each."""
 BATCH_TOKENS = 8192
 
 
@@ -34,7 +37,9 @@ def main(argv: Sequence[str]) -> int:
         "--quantize", choices=("nf4", "int8"), help="keep the linear layers as codes of bitsandbytes; heads stay floats"
     )
     parser.add_argument(
-        "--rows", metavar="FILE", help="of a reward model: rankings on which to compare its order of answers"
+        "--rows",
+        metavar="FILE",
+        help="rows on which to compare both: conversations or texts, of a reward model rankings",
     )
     parser.add_argument(
         "--base",
@@ -67,9 +72,9 @@ def _export(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.model} has no adapter: leave out --adapter-only")
     if options.adapter_only and options.quantize:
         raise ValueError("--quantize makes codes of whole weights: leave out --adapter-only, or --quantize")
-    if options.rows and not reward:
-        raise ValueError(f"--rows compares the scores of a reward model, and {options.model} is none: leave it out")
-    rows = _rows(options.rows, found) if options.rows else None
+    if options.rows and options.adapter_only:
+        raise ValueError("--rows compares whole models: leave out --adapter-only, or --rows")
+    rows = None if not options.rows else _rows(options.rows, found) if reward else _documents(options.rows, found)
     live = _load(found, reward)
     out = _write(options, found, reward, live)
     written = _load(resolve_model(str(out)), reward)
@@ -78,8 +83,10 @@ def _export(options: argparse.Namespace) -> int:
     print(f"wrote {out}: {size / 1e6:,.1f} MB of weights, {kind}")
     name = "score" if reward else "logit"
     print(f"largest {name} change against the live model: {_change(found, live, written, reward):.3g}")
-    if rows is not None:
+    if reward and rows is not None:
         _report_agreement(rows, live, written, Path(out))
+    elif rows is not None:
+        _report_formats(rows, found, live, written, Path(out), kind)
     return 0
 
 
@@ -130,6 +137,64 @@ def _change(found: Found, live: nn.Module, written: nn.Module, reward: bool) -> 
     if not reward:
         return largest_logit_change(live, written, documents)
     return float((document_scores(live, documents) - document_scores(written, documents)).abs().max())
+
+
+# ---- what it predicts ----
+
+
+def _documents(file: str, found: Found) -> Any:
+    """The first documents of a file that the model can read, rendered as in training."""
+    from ptl.data.files import resolve
+    from ptl.data.readers import blocks, first_rows
+    from ptl.data.records import parse_row
+    from ptl.data.render import Renderer, RenderError
+    from ptl.data.sources import RECORD_OF, BadRow, Source, detect_format
+    from ptl.data.tokenizer import load_tokenizer
+    from ptl.types import Conversation, Origin
+
+    source, renderer = Source(path=file), Renderer(load_tokenizer(found.name))
+    files = resolve(source)
+    row_format = detect_format(source, first_rows(source, files=files))
+    if RECORD_OF[row_format] is not Conversation:
+        raise ValueError(f"--rows {file} holds {row_format}: a language model is compared on conversations or texts")
+    documents, why = [], ""
+    for block in blocks(source, files=files):
+        for line, row in block.rows():
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                record: Any = parse_row(row, row_format, source, Origin(block.file, line))
+                documents += renderer.fit(record, LONGEST, "keep_start")
+            except (BadRow, RenderError) as refusal:
+                why = why or f"{block.file}:{line}: {refusal}"
+            if len(documents) >= DOCUMENTS:
+                return documents[:DOCUMENTS]
+    if not documents:
+        raise ValueError(f"--rows {file} has no row that can be compared ({why or 'it is empty'})")
+    return documents
+
+
+def _report_formats(documents: Any, found: Found, live: nn.Module, written: nn.Module, out: Path, kind: str) -> None:
+    from ptl.data.durable import write_text
+    from ptl.models.format_report import compare_formats
+
+    measured = compare_formats(live, written, documents)
+    sizes = [_weights(live), _weights(written)]
+    facts = {"format": kind, **measured, "bytes_before": sizes[0], "bytes_after": sizes[1]}
+    write_text(out / FORMATS, json.dumps(facts, indent=2) + "\n")
+    perplexities = f"perplexity {facts['perplexity_before']:.4g} before and {facts['perplexity_after']:.4g} after"
+    same = f"the same likeliest token in {100 * facts['greedy_agreement']:.1f} %"
+    memory = f"{sizes[0] / 1e6:,.1f} MB in memory before, {sizes[1] / 1e6:,.1f} after"
+    before, after = facts["tokens_per_second_before"], facts["tokens_per_second_after"]
+    print(
+        f"on {facts['tokens']:,} tokens: KL {facts['kl']:.4g} nats (99th percentile {facts['kl_p99']:.3g}), "
+        f"{perplexities}, {same}; {memory}; {before:,.0f} tokens/s read before, {after:,.0f} after"
+    )
+
+
+def _weights(model: nn.Module) -> int:
+    """Bytes of a model's weights in memory, tied ones once."""
+    return sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
 
 
 # ---- the order of answers ----

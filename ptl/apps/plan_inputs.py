@@ -201,6 +201,8 @@ def read_config(name: str) -> dict[str, Any]:
     if path.is_dir():
         places = [path / "config.json", path / "export" / "config.json"]
         found = next((place for place in places if place.is_file()), None)
+        if found is None and (path / "tokenizer.json").is_file():
+            return {"vocab_size": _tokens(path / "tokenizer.json")}  # a model from scratch: a recipe gives its sizes
         if found is None:
             raise ValueError("got a folder without config.json, expected a model folder or a run with export/")
     elif path.is_file():
@@ -216,6 +218,15 @@ def read_config(name: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"got a {type(config).__name__} in {found.name}, expected an object")
     return config
+
+
+def _tokens(file: Path) -> int:
+    """Rows of an embedding for a tokenizer, rounded up as ``ptl.models.scratch`` does."""
+    state = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = state["model"]["vocab"]
+    ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))]
+    last = max([*ids, *(token["id"] for token in state["added_tokens"])])
+    return -(-(last + 1) // 64) * 64
 
 
 def _from_hub(name: str) -> Path:

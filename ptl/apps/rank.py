@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ipaddress
 import os
-import secrets
-import socket
 import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ptl.apps.ranking.evaluate import add_eval, evaluate
-
-if TYPE_CHECKING:
-    from ptl.apps.ranking.guard import Door
 
 NEEDED = "the page needs starlette, uvicorn, markdown-it-py and Pygments: pip install 'ptl[rank]'"
 
@@ -64,8 +57,7 @@ def main(argv: Sequence[str]) -> int:
 def serve(args: argparse.Namespace) -> int:
     """Serves until Ctrl-C."""
     try:
-        import uvicorn
-
+        from ptl.apps.guard import entrance, listen, run
         from ptl.apps.ranking.server import LONGEST_NAME, Session, build_app
     except ModuleNotFoundError as missing:
         if (missing.name or "").partition(".")[0] == "ptl":
@@ -85,26 +77,14 @@ def serve(args: argparse.Namespace) -> int:
     listener = listen(args.host, args.port)
     try:
         store = Store(out, items)
-        door, url = entrance(args.host, listener)
+        door, url = entrance(args.host, listener, "rank")
         done, people = store.count()
         print(f"{len(items)} prompts of {path}; rankings go to {out} ({done} there, of {people} annotators)")
         if store.strangers:
             print(f"{store.strangers} rows of {out} are about prompts that are not in {path}; they stay as they are")
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes the signal on once it has stopped
             print(f"open {url}   (Ctrl-C stops)", flush=True)
-            config = uvicorn.Config(
-                build_app(Session(items, store, args.seed, name, args.lang), door),
-                loop="asyncio",
-                http="h11",
-                ws="none",
-                lifespan="off",
-                log_level="warning",
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                timeout_graceful_shutdown=2,
-            )
-            uvicorn.Server(config).run(sockets=[listener])
+            run(build_app(Session(items, store, args.seed, name, args.lang), door), listener)
         done, people = store.count()
         store.close(settled=True)
         print(f"stopped; {out} has rankings of {done} prompts, counted for each of {people} annotators")
@@ -120,38 +100,3 @@ def settle_file(args: argparse.Namespace) -> int:
     superseded = settle(Path(args.file).expanduser())
     print(f"{args.file}: {superseded} verdicts were revised later and are left out in training")
     return 0
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens on an address. Raises ``ValueError`` where it cannot."""
-    if not 0 <= port < 1 << 16:
-        raise ValueError(f"--port {port}: expected 0 to {(1 << 16) - 1}")
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as unknown:
-        raise ValueError(f"--host {host}: {unknown.strerror}") from None
-    listener = socket.socket(family, kind)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(128)
-    except OSError as taken:
-        listener.close()
-        raise ValueError(f"cannot listen on {host} port {port} ({taken.strerror}); --port 0 takes a free one") from None
-    return listener
-
-
-def entrance(host: str, listener: socket.socket) -> tuple[Door, str]:
-    """Who may come in, and the link that lets them: with a new token where other machines can reach the address."""
-    from ptl.apps.ranking.guard import Door
-
-    address, port = listener.getsockname()[:2]
-    bound = ipaddress.ip_address(address.partition("%")[0])
-    named = socket.gethostname() if bound.is_unspecified else host
-    shown = f"[{named}]" if ":" in named else named
-    if bound.is_loopback:
-        return Door(names=frozenset({host.lower()})), f"http://{shown}:{port}/"
-    token = secrets.token_urlsafe(24)
-    names = frozenset(name.lower() for name in (host, socket.gethostname(), socket.getfqdn()))
-    door = Door(loopback=False, names=names, token=token, cookie=f"ptl_rank_{port}")
-    return door, f"http://{shown}:{port}/?token={token}"

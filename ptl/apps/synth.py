@@ -1,4 +1,4 @@
-"""``ptl synth teacher | student | candidates``: let a model score or answer a data set, or make a student of it."""
+"""``ptl synth teacher | student | candidates | idk | tools``: make data sets with a model, or make a student of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptl.apps import synth_candidates
+from ptl.apps import synth_candidates, synth_idk, synth_tools
 
 if TYPE_CHECKING:
     from ptl.data.module import ChatDataModule
@@ -49,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     student.add_argument("--intermediate-size", type=int, help="neurons to keep in each MLP")
     student.add_argument("--out", required=True, help="folder to write")
     synth_candidates.add_parser(commands)
+    synth_idk.add_parsers(commands)
+    synth_tools.add_parsers(commands)
     return top
 
 
@@ -62,8 +64,15 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
-        if args.command == "candidates":
-            return synth_candidates.candidates(args, *_rank())
+        shared = {
+            "candidates": synth_candidates.candidates,
+            "idk": synth_idk.idk,
+            "idk-report": synth_idk.idk_report,
+            "tools": synth_tools.tools,
+            "tools-report": synth_tools.tools_report,
+        }
+        if args.command in shared:
+            return shared[args.command](args, *_rank())
         return {"teacher": teacher, "student": student}[args.command](args)
     except (ValueError, OSError) as mistake:
         if os.environ.get("PTL_TRACEBACK"):

@@ -74,7 +74,7 @@ def candidates(args: argparse.Namespace, rank: int, world_size: int) -> int:
     renderer = Renderer(load_tokenizer(found.name, template=args.template))
     digest = model_digest(found, base_spec(found))
     sampling = replace(sampling, model=digest, renderer=renderer.fingerprint())
-    model = load_model(found, device=_device())
+    model = load_model(found, device=device())
     with Progress(f"{args.model} answers", "prompts", None) as progress:
         how: dict[str, Any] = {"name": args.model, "rank": rank, "world_size": world_size, "report": progress.add}
         written = write_candidates(model, sources, formats, renderer, path, sampling, **how)
@@ -118,7 +118,8 @@ def model_digest(found: Found, spec: Any) -> str:
     return digest.hexdigest()
 
 
-def _device() -> str:
+def device() -> str:
+    """Where this process's models are: its GPU where there are some."""
     import torch
 
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if torch.cuda.is_available() else "cpu"

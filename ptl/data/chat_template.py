@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from ptl.data.typed_marks import mark_pattern, with_guards
 from ptl.types import Message
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class ChatTemplate:
     def __init__(self, source: str, tokenizer: PreTrainedTokenizerFast, kwargs: Mapping[str, Any], date: str):
         self.source = source
         self.has_marks = _GENERATION.search(source) is not None
+        self._marks = mark_pattern(tokenizer)
         self._variables = {
             **tokenizer.special_tokens_map,
             "strftime_now": partial(_strftime, datetime.fromisoformat(date)),
@@ -142,8 +144,11 @@ class ChatTemplate:
         return texts[0], cast(Marks, marks[0]) if marked else []
 
     def chat(self, messages: Sequence[Message]) -> Chat:
-        """The messages in this template's form. Raises RenderError for tool calls that it cannot print."""
-        return [message.as_dict() if _is_plain(message) else self._adapt(message) for message in messages]
+        """The messages in this template's form, with the marks that users and tools typed guarded.
+
+        Raises RenderError for tool calls that it cannot print.
+        """
+        return with_guards((m.as_dict() if _is_plain(m) else self._adapt(m) for m in messages), self._marks)
 
     def _adapt(self, message: Message) -> dict[str, Any]:
         out = message.as_dict()

@@ -25,7 +25,7 @@ from ptl.data.chat_template import ChatTemplate, RenderError, TooLong
 from ptl.data.documents import Document, Documents
 from ptl.data.spans import Encoder, finished
 from ptl.data.tokenizer import PACKAGED_TEMPLATES, resolve_template
-from ptl.data.truncation import Truncation, keep_start, without_oldest
+from ptl.data.truncation import Truncation, keep_start, split, without_oldest
 from ptl.types import Conversation, Message, Tokens
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ class Renderer:
                 counts or stops). ``keep_start`` cuts the tokens: a cut answer is trained without its end, documents
                 with nothing trained left are left out. ``drop_oldest_turns`` drops the oldest exchanges, each a
                 question with all that answers it, tool calls and results included, but no leading system message.
+                ``split`` cuts plain text into windows, of which nothing is lost, and refuses conversations.
 
         Raises:
             TooLong: it does not fit, by policy or because no trained token would be left.
@@ -152,6 +153,8 @@ class Renderer:
             return keep_start(documents, max_length)
         if truncation == "drop_oldest_turns":
             return without_oldest(conversation, self.render, max_length, longest)
+        if truncation == "split" and _is_text(conversation) and max_length > 1:
+            return [window for tokens in documents for window in split(tokens, max_length)]
         raise TooLong(
             "too_long",
             f"{longest} tokens, more than max_length {max_length}; raise max_length, or set truncation to keep_start "
@@ -162,6 +165,11 @@ class Renderer:
         """Ids that chat, samples and reinforcement learning feed: the messages and the generation prompt."""
         template = self._templates[self._which(tools)]
         return self._encoder.ids(template.print(template.chat(messages), tools, prompt=True))
+
+    @property
+    def prints_tools(self) -> bool:
+        """Whether the template prints the list of tools and the calls of them."""
+        return bool(self._templates) and self._templates[-1].dialect.tools and self._templates[-1].dialect.calls
 
     def fingerprint(self) -> str:
         """Hex digest that changes with the tokenizer, the template or the policy, and with nothing else."""

@@ -19,6 +19,7 @@ from tokenizers import Encoding, Tokenizer, decoders, normalizers
 
 from ptl.data.chat_template import RenderError
 from ptl.data.documents import Document
+from ptl.data.typed_marks import GUARD, TypedMarks
 from ptl.types import Tokens
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Encoder:
         self._backend.post_processor = None  # type: ignore[assignment]
         self._backend.no_padding()
         self._backend.no_truncation()
+        self._typed_marks = TypedMarks(self._backend)
         self._terminators = frozenset(terminators)
         self._byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
         self._byte_lengths = _byte_lengths(self._backend) if self._byte_level else np.zeros(0, np.int32)
@@ -52,8 +54,20 @@ class Encoder:
         return self._backend.to_str()
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text, nothing added."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """Token ids of a text, nothing added. Raises RenderError for a typed mark that cannot be written as text."""
+        return self._encoding(text).ids
+
+    def _encoding(self, text: str) -> Encoding:
+        if GUARD not in text:
+            return self._backend.encode(text, add_special_tokens=False)
+        encoding = self._typed_marks.encode(text)
+        if encoding is None:
+            raise RenderError(
+                "typed_mark",
+                "a message of a user or tool holds the text of a special token, which this tokenizer cannot write as "
+                "text; take it out of the message",
+            )
+        return encoding
 
     def encode(self, documents: Sequence[Document]) -> list[Tokens | RenderError]:
         """Tokens of each document, by one call of the tokenizer.
@@ -63,11 +77,17 @@ class Encoder:
         the tokenizer does not give the same text for the pieces, the document is refused.
         """
         texts = [document.text for document in documents]
-        if not self._byte_level:
-            encodings = self._backend.encode_batch(texts, add_special_tokens=False)
-            return [self._by_offsets(document, encoding) for document, encoding in zip(documents, encodings)]
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [self._by_bytes(document, encoding) for document, encoding in zip(documents, encodings)]
+        batch = self._backend.encode_batch_fast if self._byte_level else self._backend.encode_batch
+        encodings = batch(texts, add_special_tokens=False)
+        return [self._tokens(document, encoding) for document, encoding in zip(documents, encodings)]
+
+    def _tokens(self, document: Document, encoding: Encoding) -> Tokens | RenderError:
+        if GUARD in document.text:
+            try:
+                return self._by_offsets(document, self._encoding(document.text))
+            except RenderError as error:
+                return error
+        return (self._by_bytes if self._byte_level else self._by_offsets)(document, encoding)
 
     def _by_bytes(self, document: Document, encoding: Encoding) -> Tokens | RenderError:
         """Trained tokens by the number of bytes of each; by offsets where their sum is not the text."""
@@ -135,7 +155,7 @@ class Encoder:
         cuts: list[int] = []
         for _ in range(2 * len(document.spans) + 1):
             edges = [0, *cuts, len(document.text)]
-            pieces = [self._backend.encode(document.text[a:b], add_special_tokens=False) for a, b in pairwise(edges)]
+            pieces = [self._encoding(document.text[a:b]) for a, b in pairwise(edges)]
             mask, straddle = self._piecewise_mask(document, edges, pieces)
             if straddle is None:
                 break

@@ -11,7 +11,7 @@ import numpy as np
 from ptl.data.chat_template import RenderError, TooLong
 from ptl.types import Conversation, Message, Tokens
 
-Truncation = Literal["drop", "error", "keep_start", "drop_oldest_turns"]
+Truncation = Literal["drop", "error", "keep_start", "drop_oldest_turns", "split"]
 
 
 def keep_start(documents: list[Tokens], max_length: int) -> list[Tokens]:
@@ -37,6 +37,19 @@ def keep_start(documents: list[Tokens], max_length: int) -> list[Tokens]:
     if len(kept) < len(documents):
         kept[-1] = dataclasses.replace(kept[-1], truncated=True)
     return kept
+
+
+def split(tokens: Tokens, max_length: int) -> list[Tokens]:
+    """A document in windows of at most ``max_length`` tokens, 2 or more.
+
+    A window begins with the last token of the one before it, so that every token but the document's first is predicted
+    once, and none is lost.
+    """
+    starts = range(0, max(len(tokens.ids) - 1, 1), max_length - 1)
+    windows = [(tokens.ids[at : at + max_length], tokens.loss_mask[at : at + max_length].copy()) for at in starts]
+    for _, mask in windows:
+        mask[:1] = 0.0
+    return [Tokens(ids, mask) for ids, mask in windows]
 
 
 def without_oldest(

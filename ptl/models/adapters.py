@@ -136,7 +136,7 @@ def _trained_rows(model: Any, token_ids: Sequence[int]) -> dict[str, list[int]]:
     if ids[-1] >= size:
         raise ValueError(
             f"adapter.train_tokens holds id {ids[-1]}, but the embedding has {size} rows: rows are trained, never "
-            "added; add the token to the base model first"
+            "added; add the token to the base model first (ptl tokens add)"
         )
     embedding, head = _embedding_names(model)
     return {embedding: ids} if head is None or _is_tied(model) else {embedding: ids, head: ids}

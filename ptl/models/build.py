@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ptl.models.adapters import CONFIG_FILE as ADAPTER_CONFIG
@@ -29,6 +30,7 @@ from ptl.models.export import DTYPES
 from ptl.models.gguf import is_gguf, plain_folder
 from ptl.models.quantize import is_quantized, keep_codes_in_place, quantization_config
 from ptl.models.scoring import saved_head
+from ptl.models.scratch import scratch_config, tokenizer_alone
 from ptl.models.spec import ModelSpec
 from ptl.models.students import make_student
 
@@ -72,8 +74,9 @@ def load_base(spec: ModelSpec) -> PreTrainedModel:
     Raises:
         ValueError: as in ``build``.
     """
-    source = find_source(spec.name)
-    config = _config(spec, source)
+    bare = tokenizer_alone(spec.name) if spec.random_init else None
+    source = str(bare) if bare else find_source(spec.name)
+    config = scratch_config(bare, spec.config_overrides) if bare else _config(spec, source)
     if spec.attention == "packed":
         import ptl.models.attention  # noqa: F401  registers the implementation
     model = _random(spec, config) if spec.random_init else _pretrained(spec, source, config)
@@ -100,6 +103,10 @@ def find_source(name: str) -> str:
             raise ValueError(f"{name} is an adapter, not a model: merge it with `ptl export {name} --out FOLDER`")
         if (path / "export" / "config.json").is_file():
             raise ValueError(f"{name} is a run folder: give its model, {path / 'export'}")
+        if tokenizer_alone(name):
+            raise ValueError(
+                f"{name} is a tokenizer alone: set random_init: true and config_overrides.model_type to begin a model"
+            )
         raise ValueError(f"{name} has no config.json: it is not a Hugging Face model folder")
     if path.exists():
         raise ValueError(f"{name} is a file: give a model folder, a .gguf file or a hub name")
@@ -151,14 +158,31 @@ def _options(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _random(spec: ModelSpec, config: PreTrainedConfig) -> PreTrainedModel:
+    """Random weights that the seed alone decides, the same on each rank.
+
+    Under ZeRO-3 the library draws at another time and on one rank alone, so it draws from a fork of the generator. On
+    the CPU it draws the same as without ZeRO-3; ranks that hold their shards on GPUs draw there, and other numbers.
+    """
+    seed = int(torch.randint(2**62, ()))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return _drawn(spec, config)
+
+
+def _drawn(spec: ModelSpec, config: PreTrainedConfig) -> PreTrainedModel:
     options = _options(spec)
     if options["dtype"] == "auto":
         options["dtype"] = config.dtype or torch.float32
-    if spec.head == "lm":
-        return AutoModelForCausalLM.from_config(config, **options)
-    config.num_labels = 1
-    model = AutoModelForSequenceClassification.from_config(config, **options)
-    _scalar_head(model)
+    auto: Any = AutoModelForCausalLM
+    if spec.head == "scalar":
+        auto, config.num_labels = AutoModelForSequenceClassification, 1
+    with no_init_weights():
+        model = auto.from_config(config, **options)
+    if not is_deepspeed_zero3_enabled():  # else the library has drawn them, a shard at a time
+        model.initialize_weights()
+        model.tie_weights()
+    if spec.head == "scalar":
+        _scalar_head(model)
     return model
 
 
@@ -245,6 +269,6 @@ def _token_ids(spec: ModelSpec, source: str) -> list[int]:
     if unknown:
         raise ValueError(
             f"adapter.train_tokens: the tokenizer of {spec.name} has no token {unknown[0]!r}; rows are trained, never "
-            "added: add the token to the base model and its tokenizer first"
+            "added: add the token to the base model first (ptl tokens add)"
         )
     return [token if isinstance(token, int) else vocabulary[token] for token in tokens]

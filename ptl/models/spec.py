@@ -148,7 +148,8 @@ class ModelSpec:
         quantize: keep the frozen linear layers in 4-bit ``nf4`` (QLoRA, arXiv:2305.14314) or 8-bit ``int8``
             (arXiv:2208.07339); a policy also needs ``adapter``, a teacher has none.
         head: ``lm`` predicts the next token; ``scalar`` gives one fp32 number a sequence.
-        random_init: build from the configuration alone with random weights: pre-training and benchmarks.
+        random_init: build from the configuration alone with random weights: pre-training and benchmarks. ``name`` may
+            then be the folder of a tokenizer alone; ``config_overrides`` says the model's type and sizes.
         config_overrides: keys of the model's ``config.json`` to change; fewer ``num_hidden_layers`` keeps the first.
         shrink: keep only some layers, neurons and heads of the checkpoint: a student made of its teacher.
         revision: branch, tag or commit of a hub name.

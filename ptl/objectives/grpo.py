@@ -40,6 +40,7 @@ from ptl.rollout.ranks import added
 from ptl.rollout.rollouts import Rollouts
 from ptl.rollout.selfcheck import SelfCheck
 from ptl.rollout.settings import Rollout
+from ptl.rollout.tool_turns import ToolUse
 from ptl.types import LossOutput, PromptBatch, RolloutBatch
 
 
@@ -63,6 +64,8 @@ class GRPO(Objective):
             engine that draws from the policy itself, else the ratio of a token's probabilities cut at 2.
         reference: the frozen model that ``loss.kl`` holds the policy to; None is the policy before training. Nothing is
             loaded where ``loss.kl`` is 0.
+        tools: what an answer may use on its way: where it calls one, the result is put behind the call and the policy
+            goes on. What a tool said is in the context and never trained.
         error_limit: most answers in a hundred that rewards may fail on, see ``RewardPanel``.
         evaluation: how held-out prompts are answered and measured.
         self_check: limits of the check before the first step.
@@ -87,6 +90,7 @@ class GRPO(Objective):
         scale: Scale = "group",
         importance: Importance | Literal["auto"] | None = "auto",
         reference: Teacher | None = None,
+        tools: ToolUse | None = None,
         error_limit: float = 0.1,
         evaluation: Evaluation | None = None,
         self_check: SelfCheck | None = None,
@@ -109,7 +113,7 @@ class GRPO(Objective):
         self.scale: Scale = scale
         self.importance = importance_for(engine, importance)
         self.evaluation, self.self_check = evaluation or Evaluation(), self_check or SelfCheck()
-        self.rollouts = Rollouts(rollout, engine, RewardPanel(rewards, error_limit=error_limit))
+        self.rollouts = Rollouts(rollout, engine, RewardPanel(rewards, error_limit=error_limit), tools)
         self.rollouts.solver(self.evaluation)
         self.view = PromptView(room=rollout.max_new_tokens, windows=rollout.minibatches, passes=rollout.epochs)
         self._reference = Reference(policy, reference) if loss.kl else None

@@ -48,6 +48,7 @@ from ptl.rollout.ranks import added
 from ptl.rollout.rollouts import Rollouts, Sums
 from ptl.rollout.selfcheck import SelfCheck
 from ptl.rollout.settings import Rollout
+from ptl.rollout.tool_turns import ToolUse
 from ptl.types import LossOutput, PromptBatch, RolloutBatch
 
 
@@ -116,6 +117,7 @@ class PPO(Objective):
         ptx: PTX | None = None,
         importance: Importance | Literal["auto"] | None = "auto",
         reference: Teacher | None = None,
+        tools: ToolUse | None = None,
         error_limit: float = 0.1,
         evaluation: Evaluation | None = None,
         self_check: SelfCheck | None = None,
@@ -143,7 +145,7 @@ class PPO(Objective):
         self.normaliser = normaliser_of(normalise_rewards)
         self.ptx, self.importance = ptx, importance_for(engine, importance)
         self.evaluation, self.self_check = evaluation or Evaluation(), self_check or SelfCheck()
-        self.rollouts = Rollouts(rollout, engine, RewardPanel(rewards, error_limit=error_limit))
+        self.rollouts = Rollouts(rollout, engine, RewardPanel(rewards, error_limit=error_limit), tools)
         self.rollouts.solver(self.evaluation)
         self.view = PromptView(room=rollout.max_new_tokens, windows=rollout.minibatches, passes=rollout.epochs)
         self._reference = Reference(policy, reference) if loss.kl or kl is not None else None

@@ -22,9 +22,11 @@ class Completion:
         prompt: the question's record: messages, expected answer, tests, meta.
         prompt_text: the end of the text that the policy read, as the template printed it. It may end with a think
             block's opening, which then is no part of ``text``.
-        text: what the policy wrote, special tokens included, without the token that ended it.
-        ids: its token ids, with the one that ended it.
+        text: what the policy wrote, special tokens included, without the token that ended it; of an answer that used
+            tools, its last turn.
+        ids: its token ids, with the one that ended it; with tools those of all turns and results.
         finished: it came to its end; False where it was cut at the limit.
+        results: what its tools said, in order.
     """
 
     prompt: Prompt
@@ -32,6 +34,7 @@ class Completion:
     text: str
     ids: Sequence[int] = ()
     finished: bool = True
+    results: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A process that judges answers, one after the other: ``python -m ptl.rewards.worker FUNCTION SECONDS MEMORY PARENT``.
+"""A process that runs a function on jobs: ``python -m ptl.rewards.worker FUNCTION SECONDS MEMORY PARENT GIVES``.
 
 Jobs come on the standard input, each as its length in 8 bytes and a pickle; outcomes go out as lines of JSON on what
 was the standard output. Both are taken over before the function is imported, so that what it prints goes to standard
@@ -19,8 +19,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-MISSING = "missing"
-"""Start of the line that says why the function cannot be had."""
+MOST_TEXT = 1 << 20
+"""Characters of a text; as JSON each is at most 6 bytes."""
 
 
 def imported(path: str) -> Callable[..., Any]:
@@ -39,7 +39,7 @@ def imported(path: str) -> Callable[..., Any]:
     return found
 
 
-def main(path: str, seconds: float, memory: int, parent: int) -> None:
+def main(path: str, seconds: float, memory: int, parent: int, gives: str) -> None:
     """Serves until the parent closes its end or is gone."""
     jobs, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -63,20 +63,31 @@ def main(path: str, seconds: float, memory: int, parent: int) -> None:
         # Backstop for a function that holds the interpreter while the parent dies: the kernel ends it.
         _limit("RLIMIT_CPU", int(time.process_time() + 4 * seconds + 10))
         try:
-            answer(**_outcome(function(job)))
+            answer(**(_text if gives == "text" else _number)(function(job)))
         except (BrokenPipeError, KeyboardInterrupt):
             return
         except BaseException as error:  # SystemExit too: a function must not end its process
             answer(error="raised", detail=f"{type(error).__name__}: {error}"[:2000])
 
 
-def _outcome(value: Any) -> dict[str, Any]:
+def _number(value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, str) and getattr(value, "shape", ()) == ():
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             return {"value": float(value)}
     if value is None:
         return {"value": None}
     return {"error": "wrong_type", "detail": f"it returned {type(value).__name__}, and a number or None was expected"}
+
+
+def _text(value: Any) -> dict[str, Any]:
+    if not isinstance(value, str):
+        return {"error": "wrong_type", "detail": f"it returned {type(value).__name__}, and a text was expected"}
+    if len(value) > MOST_TEXT:
+        return {
+            "error": "wrong_type",
+            "detail": f"it returned {len(value):,} characters, at most {MOST_TEXT:,} are read",
+        }
+    return {"value": value.encode(errors="replace").decode()}
 
 
 def _limit(name: str, soft: int) -> None:
@@ -96,4 +107,4 @@ def _leave_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])

@@ -19,13 +19,13 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ptl.rewards.base import Failure
 
 START_SECONDS = 120.0
 """Most time that a process may take to import its function: on a cluster all read the same file system."""
-_MOST_BYTES = 1 << 20
+_MOST_BYTES = 8 << 20
 
 
 class Workers:
@@ -36,30 +36,39 @@ class Workers:
         count: processes, 1 or more.
         seconds: wall-clock time that a job may take, above 0.
         memory: bytes of address space of each; 0 leaves it.
+        gives: what the function returns: a number or None, or a text.
 
     Raises:
         ValueError: an argument out of its range.
     """
 
-    def __init__(self, function: str, *, count: int, seconds: float, memory: int = 0) -> None:
+    def __init__(
+        self,
+        function: str,
+        *,
+        count: int,
+        seconds: float,
+        memory: int = 0,
+        gives: Literal["number", "text"] = "number",
+    ) -> None:
         if count < 1:
-            raise ValueError(f"the number of reward processes must be 1 or more, got {count}")
+            raise ValueError(f"the number of processes must be 1 or more, got {count}")
         if not seconds > 0:
-            raise ValueError(f"the time limit of a reward must be above 0 seconds, got {seconds}")
-        self.function, self.count, self.seconds, self.memory = function, count, seconds, memory
+            raise ValueError(f"the time limit of a call must be above 0 seconds, got {seconds}")
+        self.function, self.count, self.seconds, self.memory, self.gives = function, count, seconds, memory, gives
         self._workers: list[_Worker] = []
         self._last_words = weakref.finalize(self, _kill_all, self._workers)
 
-    def run(self, jobs: Sequence[Any]) -> list[float | Failure | None]:
-        """What the function makes of each job, in order.
+    def run(self, jobs: Sequence[Any]) -> list[Any]:
+        """What the function makes of each job, in order: numbers or None, or texts.
 
         A ``Failure`` where it raised (``raised``), took too long (``timeout``), ended its process (``died``) or
-        returned no number (``wrong_type``).
+        returned something else (``wrong_type``).
 
         Raises:
             RuntimeError: the processes cannot be started, with the reason.
         """
-        outcomes: list[float | Failure | None] = [None] * len(jobs)
+        outcomes: list[Any] = [None] * len(jobs)
         waiting = deque(enumerate(jobs))
         try:
             while waiting or any(worker.job is not None for worker in self._workers):
@@ -68,7 +77,7 @@ class Workers:
                         self._drop(worker)  # it died between batches
                 busy = sum(worker.job is not None for worker in self._workers)
                 while len(self._workers) < min(self.count, busy + len(waiting)):
-                    self._workers.append(_Worker(self.function, self.seconds, self.memory))
+                    self._workers.append(_Worker(self.function, self.seconds, self.memory, self.gives))
                 for worker in self._workers:
                     if waiting and worker.ready and worker.job is None:
                         index, job = waiting.popleft()
@@ -84,7 +93,7 @@ class Workers:
         """Kills the processes; the next ``run`` starts others."""
         _kill_all(self._workers)
 
-    def _listen(self, outcomes: list[float | Failure | None]) -> None:
+    def _listen(self, outcomes: list[Any]) -> None:
         """Waits for the first thing to happen and settles it."""
         active = [worker for worker in self._workers if worker.job is not None or not worker.ready]
         if not active:
@@ -121,14 +130,15 @@ class Workers:
 
     def _cannot_start(self, line: bytes) -> None:
         why = json.loads(line).get("missing", "") if line.strip() else "the process ended or did not answer"
-        raise RuntimeError(f"the reward function {self.function} cannot be started: {why}")
+        raise RuntimeError(f"the function {self.function} cannot be started: {why}")
 
 
 class _Worker:
     """One process, and the job it has."""
 
-    def __init__(self, function: str, seconds: float, memory: int) -> None:
-        command = [sys.executable, "-m", "ptl.rewards.worker", function, str(seconds), str(memory), str(os.getpid())]
+    def __init__(self, function: str, seconds: float, memory: int, gives: str) -> None:
+        facts = [function, str(seconds), str(memory), str(os.getpid()), gives]
+        command = [sys.executable, "-m", "ptl.rewards.worker", *facts]
         # What the caller can import, it can; it is no place for a GPU or for many threads.
         env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
         env["OMP_NUM_THREADS"] = "1"
@@ -176,9 +186,9 @@ class _Worker:
                 pipe.close()
 
 
-def _understood(line: bytes) -> float | Failure | None:
+def _understood(line: bytes) -> Any:
     if not line:
-        return Failure("died", "the process that judged it ended, perhaps for want of memory")
+        return Failure("died", "its process ended, perhaps for want of memory")
     said = json.loads(line)
     return Failure(said["error"], said.get("detail", "")) if "error" in said else said["value"]
 

@@ -27,7 +27,8 @@ from ptl.rollout.ranks import agreed
 from ptl.rollout.sampling import numbered
 from ptl.rollout.settings import Rollout
 from ptl.rollout.shown import said_at_last
-from ptl.types import PromptBatch
+from ptl.rollout.tool_turns import ToolUse, Written, answered_with_tools, one_turn
+from ptl.types import Prompt, PromptBatch
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -46,14 +47,16 @@ class Rollouts:
         settings: how training samples.
         engine: where answers come from.
         panel: the rewards.
+        tools: what an answer may use on its way, see ``ToolUse``.
 
     Attributes:
         buffer: of the rollout that is trained on; None before the first.
         evaluated: the groups of the latest evaluation's last batch.
     """
 
-    def __init__(self, settings: Rollout, engine: Engine, panel: RewardPanel) -> None:
-        self.settings, self.engine, self.panel = settings, engine, panel
+    def __init__(self, settings: Rollout, engine: Engine, panel: RewardPanel, tools: ToolUse | None = None) -> None:
+        self.settings, self.engine, self.panel, self.tools = settings, engine, panel, tools
+        self._box = tools.toolbox() if tools else None
         self.buffer: Buffer | None = None
         self.evaluated: list[Group] = []
         self._restored: list[dict[str, Any]] | None = None
@@ -63,7 +66,7 @@ class Rollouts:
     def metric_names(self) -> tuple[str, ...]:
         """Names that ``take_sums`` may hold."""
         by_reward = [f"{r.name}{of}" for r in self.panel.rewards for of in ("", "_square", "_absent", "_error", "_ms")]
-        return ("reward", *by_reward, *_OWN)
+        return ("reward", *by_reward, *_OWN, *(_TOOLS if self.tools else ()))
 
     def collation(self, data: ChatDataModule) -> Collation:
         """How the buffer's batches are laid out."""
@@ -107,7 +110,7 @@ class Rollouts:
         for group in groups:
             for answer in group.answers:
                 left_out = not np.isfinite(answer.reward) or (self.settings.mask_truncated and not answer.finished)
-                answer.trained = np.full(len(answer.ids), not left_out)
+                answer.trained &= not left_out
         self.buffer = buffer
         return buffer
 
@@ -215,18 +218,22 @@ class Rollouts:
             for example, position in zip(examples, positions.tolist())
         ]
         began = time.perf_counter()
-        drawn = draw(asked, draws) if asked else []
+        records = [record_of(example["prompt"]) for example in examples]
+        drawn = self._drawn(draw, asked, draws, records, data) if asked else []
         self._add({"generate_s": (time.perf_counter() - began, 1.0)})
         groups = []
-        for example, position, answers in zip(examples, positions.tolist(), drawn):
+        for example, record, position, answers in zip(examples, records, positions.tolist(), drawn):
             prompt = np.asarray(example["ids"], np.int32)
-            record, end = record_of(example["prompt"]), data.renderer.tokenizer.decode(prompt[-PROMPT_END:].tolist())
-            kept = [_answer(sampled, draws.stop, version) for sampled in answers]
-            for answer in kept:
-                ids = answer.ids.tolist()
-                text = str(data.renderer.tokenizer.decode(ids[: len(ids) - answer.finished]))
+            end = data.renderer.tokenizer.decode(prompt[-PROMPT_END:].tolist())
+            kept = [_answer(written, version) for written in answers]
+            for answer, written in zip(kept, answers):
                 answer.said = Completion(
-                    prompt=record, prompt_text=str(end), text=text, ids=ids, finished=answer.finished
+                    prompt=record,
+                    prompt_text=str(end),
+                    text=written.text,
+                    ids=written.ids,
+                    finished=written.finished,
+                    results=tuple(result.text for result in written.results),
                 )
             groups.append(Group(position, 0, example["row"], int(example["source"]), prompt, kept))
         flat = [answer for group in groups for answer in group.answers]
@@ -243,6 +250,26 @@ class Rollouts:
             }
         )
         return groups
+
+    def _drawn(
+        self, draw: Draw, asked: Sequence[Asked], draws: Draws, records: Sequence[Prompt], data: ChatDataModule
+    ) -> list[list[Written]]:
+        """K answers to each prompt, with tools where there are some."""
+        renderer = data.renderer
+        if self._box is None or self.tools is None:
+            drawn = draw(asked, draws)
+            return [[one_turn(sampled, renderer, draws.stop) for sampled in answers] for answers in drawn]
+        written = answered_with_tools(draw, draws, asked, records, renderer, self._box, self.tools.rounds)
+        flat = [answer for answers in written for answer in answers]
+        results = [result for answer in flat for result in answer.results]
+        self._add(
+            {
+                "tool_calls": (float(len(results)), float(len(flat))),
+                "tool_failures": (float(sum(result.problem is not None for result in results)), float(len(results))),
+                "tool_tokens": (float(sum(answer.own.count(False) for answer in flat)), float(len(flat))),
+            }
+        )
+        return written
 
     def _add(self, sums: Sums) -> None:
         merge(self._sums, sums)
@@ -265,12 +292,15 @@ class Rollouts:
         self._restored, self.buffer = states, None
 
     def close(self) -> None:
-        """Ends the engine and the rewards."""
+        """Ends the engine, the tools and the rewards."""
         self.engine.close()
+        if self._box is not None:
+            self._box.close()
         self.panel.close()
 
 
 _OWN = ("length", "finished", "zero_signal", "refilled", "generate_s", "reward_s", "rollout_s")
+_TOOLS = ("tool_calls", "tool_failures", "tool_tokens")
 
 
 def stops(data: ChatDataModule) -> tuple[int, ...]:
@@ -289,11 +319,10 @@ def stops(data: ChatDataModule) -> tuple[int, ...]:
     return found
 
 
-def _answer(sampled: Any, stop: Sequence[int], version: int) -> Answer:
-    ids = np.asarray(sampled.ids, np.int32)
-    logprobs = np.asarray(sampled.logprobs, np.float32)
-    known = {"behaviour": logprobs} if len(logprobs) == len(ids) else {}
-    return Answer(ids, np.ones(len(ids), bool), bool(len(ids)) and int(ids[-1]) in stop, version, tokens=known)
+def _answer(written: Written, version: int) -> Answer:
+    known = {"behaviour": np.asarray(written.logprobs, np.float32)} if written.logprobs else {}
+    ids, own = np.asarray(written.ids, np.int32), np.asarray(written.own, bool)
+    return Answer(ids, own, written.finished, version, tokens=known)
 
 
 def _signal(group: Group) -> bool:

@@ -226,12 +226,14 @@ def draw_one(p: Tensor, u: Tensor) -> Tensor:
     """``draw`` of one id a row, int64 [N], from what is proportional to probabilities [N, V], at ``u`` float64 [N].
 
     First the block of ids is found, then the id in it, so that only the sums of blocks are float64 and not V of them.
+    Of NaN some id comes, for the caller to find that its probability is no number.
     """
+    width = p.shape[-1]
     p = pad(p, (0, -p.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     block, rest = _inverted(p.sum(-1), u[:, None].to(p.device))
     inside = p.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]
     place, _ = _inverted(inside, rest)
-    return (block * BLOCK + place)[:, 0]
+    return (block * BLOCK + place)[:, 0].clamp_max(width - 1)
 
 
 def _inverted(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,8 @@ from ptl.data.render import Renderer, RenderError
 from ptl.data.sources import BadRow
 from ptl.rollout.sampling import generate
 from ptl.synth.lines import append_lines, settle, whole_lines
-from ptl.synth.questions import Question, batches, context_length, ends, questions
-from ptl.types import Message, Origin
+from ptl.synth.questions import Question, batches, context_length, ends, message_row, questions
+from ptl.types import Origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,15 +123,11 @@ def _row(
     text = str(renderer.tokenizer.decode(ids[: len(ids) - ended], skip_special_tokens=True))
     if not text.strip():
         return None, "empty"
-    messages = [_as_row(message) for message in question.messages]
+    messages = [message_row(message) for message in question.messages]
     row: dict[str, Any] = {"messages": [*messages, {"role": "assistant", "content": text}]}
     if question.tools:
         row["tools"] = [dict(tool) for tool in question.tools]
     return {**row, "number": question.number, "origin": str(question.origin), "finished": ended}, ""
-
-
-def _as_row(message: Message) -> dict[str, Any]:
-    return message.as_dict() | ({} if message.train is None else {"train": message.train})
 
 
 def _refusal(question: Question, reason: str) -> dict[str, Any]:

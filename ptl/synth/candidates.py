@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from ptl.data.render import Renderer, RenderError
-from ptl.data.sources import BadRow, Source
+from ptl.data.render import Renderer
+from ptl.data.sources import Source
 from ptl.rollout.sampling import Sampled, sample
-from ptl.synth.lines import settle
-from ptl.synth.questions import Question, batches, context_length, ends, questions
-from ptl.synth.shares import Shares
-from ptl.types import Origin
+from ptl.synth.asking import LeftOut, Outcome, Todo, answer_all, check_least
+from ptl.synth.questions import Question, context_length, ends, questions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +54,7 @@ class Sampling:
             raise ValueError(f"--temperature must be above 0, got {self.temperature:g}: at 0 all answers are the same")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p must be above 0 and at most 1, got {self.top_p:g}")
-        for name, least in (("k", 2), ("max_new_tokens", 1), ("batch_tokens", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} must be {least} or more, got {getattr(self, name)}")
+        check_least(self, k=2, max_new_tokens=1, batch_tokens=1, seed=0)
 
 
 class Written(NamedTuple):
@@ -97,11 +90,7 @@ def write_candidates(
     world_size: int = 1,
     report: Callable[[int], None] = lambda prompts: None,
 ) -> Written:
-    """Writes a row of answers for each prompt to ``path``, with all processes that are given the same arguments.
-
-    Each process appends whole batches to a part beside ``path``; the one that finds all done joins them in the order
-    of the prompts. A call that was killed is repeated to go on. Which prompts share a batch depends on the data and
-    ``batch_tokens`` alone, so that even the rounding of its numbers is that of a run which was not killed.
+    """Writes a row of answers for each prompt to ``path``, as ``answer_all`` has it.
 
     Args:
         model: in eval mode.
@@ -116,64 +105,31 @@ def write_candidates(
     Raises:
         ValueError: the file was begun with other settings or prompts, there is no prompt, or the model gives NaN.
     """
-    settle(path, sampling)
-    shares = Shares(path, rank)
-    known, numbers = shares.done(), []
-    left_out, first, why = Counter[str](), dict[str, str](), list[str]()
+    left_out = LeftOut()
 
-    def refuse(error: BadRow | RenderError, origin: Origin) -> None:
-        left_out[error.reason] += 1
-        first.setdefault(error.reason, str(origin))
-        if not why:
-            why.append(f"{origin}: {error}")
+    def answer(todo: Todo, keys: Mapping[int, str]) -> Iterator[Outcome]:
+        return _answered(model, renderer, todo, sampling, keys, name)
 
-    asked = questions(sources, formats, renderer, refuse, system=sampling.system)
-    sizes = {"max_new_tokens": sampling.max_new_tokens, "batch_tokens": sampling.batch_tokens, "answers": sampling.k}
-    for index, batch in enumerate(batches(asked, room=context_length(model), **sizes)):
-        keys = {question.number: _key(question, sampling) for question, _ in batch}
-        numbers += keys
-        for question, _ in batch:
-            if question.number in known and known[question.number].entry["key"] != keys[question.number]:
-                raise ValueError(
-                    f"{question.origin}: {path} was begun with other prompts: give another file, or delete {path}*"
-                )
-        todo = [(question, limit) for question, limit in batch if question.number not in known]
-        if todo and index % world_size == rank:
-            results = list(_answered(model, renderer, todo, sampling, keys, name))
-            shares.append([row for row, _ in results if row is not None], [entry for _, entry in results])
-            report(len(todo))
-    if not numbers:
-        raise ValueError(
-            f"no row has a prompt ({left_out.total():,} are left out, the first: {why[0] if why else '-'})"
-        )
-    items = shares.join(sorted(numbers))
+    asked = questions(sources, formats, renderer, left_out, system=sampling.system)
+    how: dict[str, Any] = {"rank": rank, "world_size": world_size, "report": report}
+    how |= {"room": context_length(model), "samples": sampling.k}
+    prompts, items = answer_all(asked, answer, path, sampling, left_out, **how)
     dropped, rows, answers = Counter[str](), 0, 0
     for done in items or ():
         dropped.update(done.entry["dropped"])
         answers += done.entry["answers"]
-        if done.entry["reason"] is None:
-            rows += 1
-        else:
-            left_out[done.entry["reason"]] += 1
-            first.setdefault(done.entry["reason"], done.entry["origin"])
-    return Written(len(numbers), None if items is None else rows, answers, left_out, dropped, first)
-
-
-def _key(question: Question, sampling: Sampling) -> str:
-    """Names a prompt and how it is answered; what ``batch_tokens`` is does not matter."""
-    settings = {**asdict(sampling), "batch_tokens": None}
-    text = json.dumps([settings, question.number, question.ids], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        rows += done.entry["reason"] is None
+    return Written(prompts, None if items is None else rows, answers, left_out.counts, dropped, left_out.first)
 
 
 def _answered(
     model: nn.Module,
     renderer: Renderer,
-    todo: Sequence[tuple[Question, int]],
+    todo: Todo,
     sampling: Sampling,
-    keys: dict[int, str],
+    keys: Mapping[int, str],
     name: str,
-) -> Iterator[tuple[dict[str, Any] | None, dict[str, Any]]]:
+) -> Iterator[Outcome]:
     """The row of each prompt, or None, and what became of it."""
     stop = ends(model, renderer)
     asked = [(question, limit) for question, limit in todo if limit > 0]

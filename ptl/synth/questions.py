@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ptl.data.files import resolve
@@ -29,6 +29,7 @@ class Question:
         tools: that the answer may call.
         origin: file and line.
         ids: the rendered prompt.
+        known: what else its row says, for who asks.
     """
 
     number: int
@@ -36,6 +37,13 @@ class Question:
     tools: tuple[Mapping[str, Any], ...]
     origin: Origin
     ids: list[int]
+    known: Mapping[str, Any] = field(default_factory=dict)
+
+
+Turns = tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...], Mapping[str, Any]]
+"""Messages, tools and what else is known of a question."""
+Reader = Callable[[Mapping[str, Any], int, Origin], Turns]
+"""Reads the question in a row of the source at a place among them, or raises ``BadRow``."""
 
 
 def questions(
@@ -55,8 +63,25 @@ def questions(
         refuse: called with why for each row that has no question.
         system: text of a system turn for the prompts that have none.
     """
+
+    def read(row: Mapping[str, Any], place: int, origin: Origin) -> Turns:
+        record = parse_row(row, formats[place], sources[place], origin)
+        return _asked(record), record.tools, {}
+
+    return read_questions(sources, read, renderer, refuse, system=system)
+
+
+def read_questions(
+    sources: Sequence[Source],
+    read: Reader,
+    renderer: Renderer,
+    refuse: Callable[[BadRow | RenderError, Origin], None],
+    *,
+    system: str | None = None,
+) -> Iterator[Question]:
+    """``questions`` of rows that are no records of training: ``read`` finds the question in each."""
     number = 0
-    for source, row_format in zip(sources, formats):
+    for place, source in enumerate(sources):
         for block in blocks(source, files=resolve(source)):
             for line, row in block.rows():
                 number += 1
@@ -64,15 +89,15 @@ def questions(
                 try:
                     if isinstance(row, BadRow):
                         raise row
-                    record = parse_row(row, row_format, source, origin)
-                    messages = _asked(record)
+                    messages, tools, known = read(row, place, origin)
                     if system and messages[0].role not in ("system", "developer"):
                         messages = (Message(role="system", content=system), *messages)
-                    ids = renderer.prompt(messages, record.tools)
+                    ids = renderer.prompt(messages, tools)
                 except (BadRow, RenderError) as error:
                     refuse(error, origin)
                     continue
-                yield Question(number=number - 1, messages=messages, tools=record.tools, origin=origin, ids=ids)
+                where = {"number": number - 1, "origin": origin}
+                yield Question(messages=messages, tools=tools, ids=ids, known=known, **where)
 
 
 def _asked(record: Record) -> tuple[Message, ...]:
@@ -85,6 +110,11 @@ def _asked(record: Record) -> tuple[Message, ...]:
     if last < 1:
         raise BadRow("no_question", "there is no assistant turn after another one, so nothing to answer")
     return record.messages[:last]
+
+
+def message_row(message: Message) -> dict[str, Any]:
+    """A message as a row of data has it, with the weight of its turn where it has its own."""
+    return message.as_dict() | ({} if message.train is None else {"train": message.train})
 
 
 def batches(

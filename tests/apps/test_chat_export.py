@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ptl.apps import chat, export
-from ptl.apps.chat import choose, generate_reply
+from ptl.apps.chat import generate_reply
+from ptl.apps.reply import choose
 from ptl.apps.runs import load_model
 from ptl.data.render import Renderer
 from ptl.models.export import export as write

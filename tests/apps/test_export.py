@@ -1,5 +1,6 @@
 """``ptl export``: adapters merged onto the base they were trained on, and nothing written over."""
 
+import json
 import re
 
 import pytest
@@ -111,3 +112,21 @@ def test_a_models_foreign_code_is_never_run(model_folder, tmp_path, capsys):
     (folder / "modeling.py").write_text("raise SystemExit('ran')\n")
     assert export.main([str(folder), "--out", str(tmp_path / "out")]) == 2
     assert "its own Python code" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", [["--dtype", "bf16"], ["--quantize", "int8"]])
+def test_what_a_format_costs_is_told_and_kept(how, qlora, tmp_path, capsys):
+    rows = [{"messages": [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "It is 4."}]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows * 3)))
+    words = [
+        str(qlora / "run" / "export"),
+        "--out",
+        str(tmp_path / "out"),
+        "--rows",
+        str(tmp_path / "rows.jsonl"),
+        *how,
+    ]
+    assert export.main(words) == 0
+    found = json.loads((tmp_path / "out" / "format_report.json").read_text())
+    assert found["tokens"] > 10 and 0 < found["kl"] < 0.5 and found["greedy_agreement"] > 0.5
+    assert found["bytes_after"] < found["bytes_before"] and "KL" in capsys.readouterr().out

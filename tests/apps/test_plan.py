@@ -154,3 +154,15 @@ def test_no_torch_is_imported(models):
     words = ["plan", "--model", str(models / "8b"), "--gpus", "8"]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_a_model_from_scratch_is_planned_from_its_recipe_and_its_tokenizer(tmp_path, capsys):
+    state = {"model": {"vocab": {"a": 0, "b": 7}}, "added_tokens": [{"id": 99, "content": "<x>"}]}
+    recipe = str(Path(__file__).parents[2] / "configs" / "recipes" / "pretrain.yaml")
+    sizes = []
+    for last in (99, 128):
+        state["added_tokens"][0]["id"] = last
+        (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+        assert main(["-c", recipe, "--model", str(tmp_path), "--gpus", "1", "--json"]) == 0
+        sizes.append(json.loads(capsys.readouterr().out)["parameters"])
+    assert sizes[1] - sizes[0] == 64 * 384  # a multiple of 64 rows more

@@ -10,8 +10,8 @@ pytest.importorskip("starlette", reason="pip install -e '.[rank]'")
 
 from starlette.testclient import TestClient
 
+from ptl.apps.guard import LARGEST, Door
 from ptl.apps.ranking import server
-from ptl.apps.ranking.guard import LARGEST, Door
 from ptl.apps.ranking.prompts import read_items
 from ptl.apps.ranking.server import Session, build_app
 from ptl.apps.ranking.store import Store

@@ -125,7 +125,7 @@ def test_mistakes_are_told_before_anything_is_written(run, model_folder, tmp_pat
     rows, out = str(root / "rows.jsonl"), str(tmp_path / "out")
     bad = str(reward_parts.write_jsonl(tmp_path / "bad.jsonl", [{"text": "no ranking"}]))
     for words, told in (
-        ((str(model_folder), "--rows", rows), "--rows compares the scores of a reward model"),
+        ((str(model_folder), "--rows", rows), "a language model is compared on conversations or texts"),
         ((str(root / "run"), "--adapter-only", "--quantize", "nf4"), "leave out --adapter-only, or --quantize"),
         ((str(root / "run" / "export"), "--adapter-only"), "has no adapter"),
         ((str(root / "run"), "--rows", bad), "no rankings"),

@@ -17,7 +17,7 @@ def run(folder: str, recipes: list[str]) -> dict[str, Any]:
     for recipe in recipes:
         name = Path(recipe).stem
         ranked, sampled = name.startswith(("reward", "dpo")), name.startswith(("grpo", "ppo", "r1"))
-        file = "text" if name == "cpt" else "rankings" if ranked else "prompts" if sampled else "rows"
+        file = "text" if name in ("cpt", "pretrain") else "rankings" if ranked else "prompts" if sampled else "rows"
         rows = f"{{path: {folder}/{file}.jsonl}}"
         arguments = [
             "fit", "-c", recipe, "--run.dir", f"{folder}/runs/{name}",
@@ -32,6 +32,10 @@ def run(folder: str, recipes: list[str]) -> dict[str, Any]:
             arguments += ["--model.rollout.max_new_tokens", "8", "--model.rollout.minibatches", "1"]
             arguments += ["--model.self_check.min_finished", "0", "--data.micro_batch_size", "4"]
             arguments += ["--trainer.val_check_interval", "null"]
+        if name == "pretrain":
+            arguments += ["--model.policy.name", f"{folder}/tokenizer", "--data.micro_batch_size", "1"]
+        if name == "tools":  # the tiny model has not been given the tags
+            arguments += ["--model.policy.adapter.train_tokens", "['<|im_end|>']"]
         if name == "r1_zero":  # its template has a long preface
             arguments += ["--data.max_length", "512"]
         if name.startswith("distill_demo"):

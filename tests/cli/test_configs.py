@@ -104,6 +104,7 @@ def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes")
     # 128 columns: what 4-bit weights need on the CPU.
     tiny.save_folder(folder / "model", tiny.make_tokenizer(), hidden=128)
+    tiny.make_tokenizer().save_pretrained(folder / "tokenizer")  # what pre-training starts from
     rows = law.write_rows(folder / "rows.jsonl", count=40)
     text = (json.dumps({"text": " ".join(m["content"] for m in row["messages"])}) + "\n" for row in rows)
     (folder / "text.jsonl").write_text("".join(text))

@@ -155,7 +155,7 @@ TABLE = {
     "chatml": Row(
         IM, None, IM, cases={"tools": [[HERMES + IM, "It is sunny." + IM]], "reasoning": [[WORLD + IM, DOG + IM]]}
     ),
-    "im_sep": Row(IM, None, IM),
+    "im_sep": Row(IM, None, IM, cases={"reasoning": [[WORLD + IM, DOG + IM]]}),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from ptl.data.render import Renderer, RenderError, RenderPolicy, TooLong
@@ -145,3 +147,24 @@ def test_other_refusals_and_bad_lengths_pass_through(renderer):
         renderer.fit(talk(say("user", "a")), 5, "drop")
     with pytest.raises(ValueError, match="max_length: got 0; expected at least 1"):
         renderer.fit(LONG, 0, "drop")
+
+
+def test_plain_text_is_split_into_windows_of_which_nothing_is_lost(renderer):
+    """Every token but the first is predicted once, in its order, at every length of a window."""
+    text = Conversation(text="hello world, the quick brown fox jumps over the lazy dog", origin=ORIGIN)
+    (whole,) = renderer.render(text)
+    count = len(whole.ids)
+    for length in range(2, count + 2):
+        windows = renderer.fit(text, length, "split")
+        predicted = [int(i) for w in windows for i, weight in zip(w.ids, w.loss_mask) if weight]
+        assert predicted == whole.ids[1:].tolist()
+        assert all(2 <= len(w.ids) <= length and w.loss_mask[0] == 0 for w in windows)
+        assert all(one.ids[-1] == other.ids[0] for one, other in pairwise(windows))
+        assert not any(w.truncated or w.lost_end for w in windows)
+        assert len(windows) == -(-(count - 1) // (length - 1))
+    assert whole.loss_mask.tolist() == [0.0] + [1.0] * (count - 1)
+
+
+def test_a_conversation_is_not_split(renderer):
+    with pytest.raises(TooLong, match="too_long"):
+        renderer.fit(LONG, 8, "split")

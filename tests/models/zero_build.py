@@ -39,20 +39,20 @@ def specs(folder: str) -> dict[str, ModelSpec]:
     }
 
 
-def objective(model: Any) -> torch.Tensor:
-    logits = model(input_ids=IDS, use_cache=False).logits.float()
+def objective(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits.float()
     if logits.shape[-1] == 1:
         return 0.02 * (logits - 0.3).pow(2).mean()  # a larger step would overshoot
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def alone(spec: ModelSpec) -> tuple[list[float], nn.Module]:
+def alone(spec: ModelSpec, ids: torch.Tensor = IDS) -> tuple[list[float], nn.Module]:
     """Losses of one process that never heard of ZeRO, and its model."""
     torch.manual_seed(0)
     model, losses = spec.build(), []
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
     for _ in range(STEPS):
-        loss = objective(model)
+        loss = objective(model, ids)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -60,7 +60,7 @@ def alone(spec: ModelSpec) -> tuple[list[float], nn.Module]:
     return losses, model.eval()
 
 
-def sharded(spec: ModelSpec, out: Path) -> dict[str, Any]:
+def sharded(spec: ModelSpec, out: Path, ids: torch.Tensor = IDS, adapter: Path | None = None) -> dict[str, Any]:
     """Losses of the two ranks on the same rows, and how much was sharded while it was loaded; rank 0 exports."""
     announced = HfDeepSpeedConfig(STAGE_3)
     try:
@@ -70,7 +70,7 @@ def sharded(spec: ModelSpec, out: Path) -> dict[str, Any]:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=announced.config)
         for _ in range(STEPS):
-            loss = objective(engine)
+            loss = objective(engine, ids)
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
@@ -78,6 +78,8 @@ def sharded(spec: ModelSpec, out: Path) -> dict[str, Any]:
             state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         if rank() == 0:
             export(model, tiny.make_tokenizer(), out, state_dict=state)
+            if adapter is not None:
+                export(model, tiny.make_tokenizer(), adapter, state_dict=state, merged=False, spec=spec)
         torch.distributed.barrier()
     finally:
         unset_hf_deepspeed_config()

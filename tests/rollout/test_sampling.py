@@ -151,3 +151,15 @@ def test_streams_are_apart_and_the_first_is_the_one_without_a_name():
         [uniforms(seed, row, 50, 1, stream)[:, 0] for seed in (0, 1) for row in (0, 1) for stream in range(3)]
     )
     assert len(drawn.flatten().unique()) == drawn.numel()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8, 1.0])
+def test_of_a_damaged_model_ids_come_that_exist_and_scores_that_are_no_numbers(temperature):
+    broken = tiny.make_model(410, tie=False).eval()
+    with torch.no_grad():
+        next(broken.parameters()).fill_(torch.nan)
+    how = {**HOW, "temperature": temperature, "top_p": 1.0}
+    for answers in sample(broken, PROMPTS, NUMBERS, samples=2, stop=[], limits=[3] * 4, **how):
+        for answer in answers:
+            assert all(0 <= token < VOCAB for token in answer.ids)
+            assert all(score != score for score in answer.logprobs)

@@ -80,7 +80,7 @@ class Cluster:
         path = self.folder / f"job-{job}.out"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def wait(self, job: int | str, seconds: float = 300, states: set[str] = DONE) -> str:
+    def wait(self, job: int | str, seconds: float = 600, states: set[str] = DONE) -> str:
         """Waits until the job is in one of the states; a requeued job is started at once, not in two minutes.
 
         Raises:
@@ -101,7 +101,7 @@ class Cluster:
             time.sleep(0.3)
         raise AssertionError(f"job {job} is {state} after {seconds:.0f} s, expected {states}\n{self.output(job)}")
 
-    def wait_requeued(self, job: int, seconds: float = 180, restarts: int = 1) -> None:
+    def wait_requeued(self, job: int, seconds: float = 400, restarts: int = 1) -> None:
         """Waits until the job has been put back into the queue so many times; it stays there."""
         deadline = time.monotonic() + seconds
         while int(self.show(job).get("Restarts", 0)) < restarts:
@@ -109,7 +109,7 @@ class Cluster:
                 raise AssertionError(f"job {job} was not requeued within {seconds:.0f} s\n{self.output(job)}")
             time.sleep(0.1)
 
-    def wait_said(self, job: int, words: str, seconds: float = 180) -> None:
+    def wait_said(self, job: int, words: str, seconds: float = 400) -> None:
         """Waits until the batch script has said something; a requeued job is started at once."""
         deadline = time.monotonic() + seconds
         while words not in self.output(job):

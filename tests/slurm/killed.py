@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-SECONDS = 60.0
+SECONDS = 240.0
 """Longest that an attempt may take until it saves."""
 
 

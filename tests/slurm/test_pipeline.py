@@ -57,7 +57,7 @@ def test_three_stages_take_each_others_exports(cluster, rows, tmp_path):
     )  # fmt: skip
     jobs = [int(number) for number in re.findall(r"job (\d+)", said)]
     assert len(jobs) == 3
-    assert [cluster.wait(job, seconds=240) for job in jobs] == ["COMPLETED"] * 3, [cluster.output(j) for j in jobs]
+    assert [cluster.wait(job, seconds=600) for job in jobs] == ["COMPLETED"] * 3, [cluster.output(j) for j in jobs]
     manifests = {name: json.loads((study / name / "stage.json").read_text()) for name in ("sft", "reward", "distilled")}
     assert [m["objective"] for m in manifests.values()] == ["SFT", "RewardModeling", "Distillation"]
     for name in ("reward", "distilled"):
@@ -95,7 +95,7 @@ def test_a_sweep_runs_each_line_once(cluster, rows, tmp_path):
     )  # fmt: skip
     listed.write_text("--model.optimizer.lr 7\n")  # the sweep keeps what was submitted
     job = int(said.split()[-1])
-    states = {cluster.wait(f"{job}_{task}", seconds=240) for task in range(4)}
+    states = {cluster.wait(f"{job}_{task}", seconds=600) for task in range(4)}
     assert states == {"COMPLETED"}, cluster.output(job)
     rates = [re.search(r"lr: (\S+)", (tmp_path / f"runs/{task}/config.yaml").read_text()) for task in range(4)]
     assert [float(rate[1]) for rate in rates if rate] == [1e-2, 1e-3, 1e-4, 1e-5]

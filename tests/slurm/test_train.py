@@ -22,7 +22,7 @@ TWO = ["--nodes=2"]
 SLOWLY = ["--trainer.callbacks", '[{"class_path": "tests.slurm.slow.Slowly"}]']
 
 
-def started(run: Path, step: int, seconds: float = 150) -> None:
+def started(run: Path, step: int, seconds: float = 400) -> None:
     """Waits until the run has logged an optimizer step."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -161,10 +161,8 @@ def test_law_6_a_killed_rank_ends_the_job_at_once_and_loses_nothing(cluster, fol
         if str(run) in command and command[1:4] == ["-m", "ptl.cli", "fit"]
     ]
     assert len(victims) == 2
-    begun = time.monotonic()
     os.kill(victims[-1], signal.SIGKILL)
-    cluster.wait_requeued(job, seconds=60)
-    assert time.monotonic() - begun < 60
+    cluster.wait_requeued(job, seconds=120)  # a hang would last for the watchdog's minutes
     # 137 for the killed rank, 1 where the other one's broken connection was heard of first.
     assert re.search(r"ended with code (137|1),", cluster.output(job)), cluster.output(job)
     assert latest_checkpoint(run) is not None
@@ -204,7 +202,7 @@ def test_law_6_twenty_kills_while_saving_never_cost_a_whole_checkpoint(cluster, 
         f"srun --kill-on-bad-exit=1 $PTL_PYTHON -m tests.slurm.killed {tmp_path}/plan.json\n"
     )
     job = cluster.submit(script)
-    assert cluster.wait(job, seconds=300) == "COMPLETED", cluster.output(job)
+    assert cluster.wait(job, seconds=900) == "COMPLETED", cluster.output(job)
     seen = json.loads((tmp_path / "killed.json").read_text())
     steps = [trial["step"] for trial in seen]
     assert len(steps) == 20 and steps == sorted(steps) and steps[-1] > 0

@@ -20,8 +20,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from ptl.apps.guard import Door, Guard
 from ptl.apps.ranking.agreement import Agreement
-from ptl.apps.ranking.guard import Door, Guard
 from ptl.apps.ranking.markup import message_html
 from ptl.apps.ranking.prompts import Item
 from ptl.apps.ranking.store import KeyReused, Store, Verdict

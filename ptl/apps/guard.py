@@ -2,25 +2,28 @@
 
 * Host: a name that only points at this machine from somebody else's DNS is refused (DNS rebinding).
 * Origin and Sec-Fetch-Site: another site's page cannot post; and what is posted is JSON, which a form cannot send.
-* Token: off loopback, the link that was printed is needed once; a cookie remembers it.
-* Size: a body is read up to ``LARGEST``.
+* Token: off loopback, the link that was printed is needed once; a cookie remembers it. Programs send it as bearer.
+* Size: a body is read up to a number of bytes.
 """
 
 from __future__ import annotations
 
 import hmac
 import ipaddress
+import secrets
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
 
+import uvicorn
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LARGEST = 64 * 1024
-"""Bytes of a request's body."""
+"""Bytes of a request's body, where the application asks for no other number."""
 
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -74,9 +77,8 @@ class Door:
 class Guard:
     """ASGI middleware that holds the checks and headers of this file."""
 
-    def __init__(self, app: ASGIApp, door: Door) -> None:
-        self.app = app
-        self.door = door
+    def __init__(self, app: ASGIApp, door: Door, largest: int = LARGEST) -> None:
+        self.app, self.door, self.largest = app, door, largest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -99,9 +101,9 @@ class Guard:
             return await refusal(scope, receive, dressed)
         if scope["method"] != "POST":
             return await self.app(scope, receive, dressed)
-        body = await _read(receive)
+        body = await _read(receive, self.largest)
         if body is None:
-            too_large = JSONResponse({"error": f"the body is larger than {LARGEST} bytes"}, 413)
+            too_large = JSONResponse({"error": f"the body is larger than {self.largest} bytes"}, 413)
             return await too_large(scope, receive, dressed)
         await self.app(scope, _again(body, receive), dressed)
 
@@ -109,8 +111,9 @@ class Guard:
         host = headers.get("host", "")
         if not self.door.knows_host(host):
             return PlainTextResponse("This server is not known under that name.\n", 403)
-        if not self.door.knows_token([*in_link, *_cookies(headers, self.door.cookie)]):
-            return PlainTextResponse("Open the link with its token, as ptl rank serve printed it.\n", 403)
+        bearer = headers.get("authorization", "").removeprefix("Bearer ")
+        if not self.door.knows_token([*in_link, bearer, *_cookies(headers, self.door.cookie)]):
+            return PlainTextResponse("Open the link with its token, as it was printed when the server started.\n", 403)
         if method not in ("GET", "HEAD", "POST"):
             return PlainTextResponse("Method not allowed.\n", 405)
         if method == "POST":
@@ -132,13 +135,13 @@ def _cookies(headers: Headers, name: str) -> list[str]:
     return [] if found is None else [found.value]
 
 
-async def _read(receive: Receive) -> bytes | None:
+async def _read(receive: Receive, largest: int) -> bytes | None:
     """The body, or None where it is too large; no more than that is ever held."""
     body = b""
     while True:
         message = await receive()
         body += message.get("body", b"")
-        if len(body) > LARGEST:
+        if len(body) > largest:
             return None
         if message["type"] == "http.disconnect" or not message.get("more_body"):
             return body
@@ -154,3 +157,56 @@ def _again(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return replay
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens on an address. Raises ``ValueError`` where it cannot."""
+    if not 0 <= port < 1 << 16:
+        raise ValueError(f"--port {port}: expected 0 to {(1 << 16) - 1}")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as unknown:
+        raise ValueError(f"--host {host}: {unknown.strerror}") from None
+    listener = socket.socket(family, kind)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(128)
+    except OSError as taken:
+        listener.close()
+        raise ValueError(f"cannot listen on {host} port {port} ({taken.strerror}); --port 0 takes a free one") from None
+    return listener
+
+
+def entrance(host: str, listener: socket.socket, name: str) -> tuple[Door, str]:
+    """Who may come in, and the link that lets them: with a new token where other machines can reach the address.
+
+    ``name`` is the application's, for its cookie.
+    """
+    address, port = listener.getsockname()[:2]
+    bound = ipaddress.ip_address(address.partition("%")[0])
+    named = socket.gethostname() if bound.is_unspecified else host
+    shown = f"[{named}]" if ":" in named else named
+    if bound.is_loopback:
+        return Door(names=frozenset({host.lower()})), f"http://{shown}:{port}/"
+    token = secrets.token_urlsafe(24)
+    names = frozenset(name.lower() for name in (host, socket.gethostname(), socket.getfqdn()))
+    door = Door(loopback=False, names=names, token=token, cookie=f"ptl_{name}_{port}")
+    return door, f"http://{shown}:{port}/?token={token}"
+
+
+def run(app: ASGIApp, listener: socket.socket) -> None:
+    """Serves until the process is told to stop."""
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=2,
+    )
+    uvicorn.Server(config).run(sockets=[listener])
