@@ -125,7 +125,20 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "WANDB_MODE": "offline",
         "PYTHONFAULTHANDLER": "1",
         "PYTHONPATH": python_path,
+        # One ninja for all: another version takes what this one has compiled for stale.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
+
+
+def start_deepspeed() -> None:
+    """DeepSpeed's process group; its compiled part is loaded under the lock that keeps processes out of each other's way."""
+    import deepspeed
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    from ptl.strategies.extensions import load_extension
+
+    load_extension(ShareMemCommBuilder())
+    deepspeed.init_distributed("gloo", verbose=False)
 
 
 def run_ranks(

@@ -57,6 +57,8 @@ def main(argv: Sequence[str]) -> int:
 def serve(args: argparse.Namespace) -> int:
     """Serves until Ctrl-C."""
     try:
+        import uvicorn  # noqa: F401  what ``run`` needs
+
         from ptl.apps.guard import entrance, listen, run
         from ptl.apps.ranking.server import LONGEST_NAME, Session, build_app
     except ModuleNotFoundError as missing:

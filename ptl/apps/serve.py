@@ -56,6 +56,8 @@ def serve(args: argparse.Namespace) -> int:
     if args.tool_rounds < 1:
         raise ValueError(f"--tool-rounds must be 1 or more, got {args.tool_rounds}")
     try:
+        import uvicorn  # noqa: F401  what ``run`` needs
+
         from ptl.apps.guard import entrance, listen, run
         from ptl.apps.serving.app import build_app
     except ModuleNotFoundError as missing:

@@ -17,7 +17,7 @@ from ptl.models.export import export
 from ptl.models.spec import LoRA, ModelSpec
 from tests import tiny
 from tests.models.zero_heads import STAGE_3
-from tests.ranks import rank
+from tests.ranks import rank, start_deepspeed
 
 IDS = torch.tensor([[5, 9, 20, 33, 1, 7], [100, 101, 3, 11, 5, 8]])
 STEPS, LR = 3, 0.1
@@ -89,7 +89,7 @@ def sharded(spec: ModelSpec, out: Path, ids: torch.Tensor = IDS, adapter: Path |
 @torch.no_grad()
 def compare(folder: str, out: str) -> dict[str, Any]:
     """For each spec, on every rank: both runs' losses; on rank 0 also the export's distance from the lone model."""
-    deepspeed.init_distributed("gloo", verbose=False)
+    start_deepspeed()
     results = {}
     for index, (name, spec) in enumerate(specs(folder).items()):
         with torch.enable_grad():

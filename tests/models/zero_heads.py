@@ -9,6 +9,7 @@ from torch import nn
 
 from ptl.models.heads import HeadLoss, causal_lm, lm_loss
 from tests.models import zoo
+from tests.ranks import start_deepspeed
 
 STAGE_3 = {
     "train_micro_batch_size_per_gpu": 1,
@@ -91,7 +92,7 @@ def sharded() -> dict[str, Any]:
     """The same under ZeRO-3: losses, and elements of the head that are here at the end of forward and of the step."""
     import deepspeed
 
-    deepspeed.init_distributed("gloo")
+    start_deepspeed()
     results = {}
     for name, adapter, reader in CASES:
         module = Step(build(name, adapter), reader == "module")

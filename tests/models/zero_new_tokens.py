@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -15,12 +14,12 @@ from ptl.models.export import largest_logit_change
 from ptl.models.spec import ModelSpec
 from tests.models import test_new_tokens
 from tests.models.zero_build import alone, sharded
-from tests.ranks import rank
+from tests.ranks import rank, start_deepspeed
 
 
 def matrix(folder: str, out: str) -> dict[str, Any]:
     """For each tie and kind of training: both runs' losses; on rank 0 how far the exports are from the lone model."""
-    deepspeed.init_distributed("gloo", verbose=False)
+    start_deepspeed()
     results = {}
     ids = torch.tensor(test_new_tokens.IDS)
     for tie in (True, False):

@@ -17,6 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from tests.models import test_scratch
 from tests.models.zero_build import IDS, LR, STEPS, alone, objective
 from tests.models.zero_heads import STAGE_3
+from tests.ranks import start_deepspeed
 
 
 def whole(model: nn.Module) -> Any:
@@ -56,7 +57,7 @@ def under(stage: int, spec: Any) -> tuple[str, list[float], dict[str, torch.Tens
 
 
 def stages(folder: str, out: str) -> dict[str, Any]:
-    deepspeed.init_distributed("gloo", verbose=False)
+    start_deepspeed()
     spec = test_scratch.spec(Path(folder))
     torch.manual_seed(0)
     first = {"1 process": digest(spec.build())}

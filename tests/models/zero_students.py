@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
@@ -15,7 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from ptl.models.importance import layer_importance
 from ptl.models.spec import LoRA, ModelSpec, Shrink
 from tests.models.zero_build import IDS, STAGE_3, alone, sharded
-from tests.ranks import rank
+from tests.ranks import rank, start_deepspeed
 
 
 def specs(folder: str) -> dict[str, ModelSpec]:
@@ -31,7 +30,7 @@ def specs(folder: str) -> dict[str, ModelSpec]:
 @torch.no_grad()
 def compare(folder: str, out: str) -> dict[str, Any]:
     """For each spec, on every rank: both runs' losses; on rank 0 also the export's distance from the lone student."""
-    deepspeed.init_distributed("gloo", verbose=False)
+    start_deepspeed()
     results: dict[str, Any] = {}
     for name, spec in specs(folder).items():
         with torch.enable_grad():
