@@ -131,7 +131,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def start_deepspeed() -> None:
-    """DeepSpeed's process group; its compiled part is loaded under the lock that keeps processes out of each other's way."""
+    """DeepSpeed's process group; its compiled part is loaded under the lock that all processes share."""
     import deepspeed
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 

@@ -34,7 +34,7 @@ def run(folder: str, recipes: list[str]) -> dict[str, Any]:
             arguments += ["--trainer.val_check_interval", "null"]
         if name == "pretrain":
             arguments += ["--model.policy.name", f"{folder}/tokenizer", "--data.micro_batch_size", "1"]
-        if name == "tools":  # the tiny model has not been given the tags
+        if name in ("tools", "tutorial"):  # the tiny model has not been given the tags
             arguments += ["--model.policy.adapter.train_tokens", "['<|im_end|>']"]
         if name == "r1_zero":  # its template has a long preface
             arguments += ["--data.max_length", "512"]
