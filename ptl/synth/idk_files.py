@@ -70,7 +70,7 @@ def write_files(
         raise ValueError(_why_empty(total, choice))
     unmixed = LeftOut()
     wanted = mix_count(len(made.train), choice.mix_share)
-    mixed = mixed_rows(mix, wanted, made.held_out, unmixed) if wanted else []
+    mixed = mixed_rows(mix, wanted, read_rows(paths.graded), unmixed) if wanted else []
     manifest = {
         "model": {"name": name, "digest": asking.model},
         "judge": None if judge is None else {"name": judge, "digest": asking.judge},

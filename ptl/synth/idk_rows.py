@@ -161,15 +161,16 @@ def messages_of(row: Row) -> list[Message]:
 # ---- general data ----
 
 
-def mixed_rows(sources: Sequence[Source], count: int, held_out: Iterable[Row], left_out: LeftOut) -> list[Row]:
+def mixed_rows(sources: Sequence[Source], count: int, graded: Iterable[Row], left_out: LeftOut) -> list[Row]:
     """Up to ``count`` conversations, drawn by their words alone.
 
-    ``left_out`` is told of rows that are none, and of those that ask what a held-out question asks.
+    ``left_out`` is told of rows that are none, of duplicates, and of those that ask what a graded question asks: such a
+    row would leak a held-out answer, or answer what another row refuses.
 
     Raises:
         ValueError: a source of other rows.
     """
-    taken = {key_of(messages_of(row)) for row in held_out}
+    taken = {key_of(messages_of(row)) for row in graded}
     drawn = heapq.nsmallest(count, _conversations(sources, taken, left_out), key=lambda each: each[0])
     return [row for _, row in drawn]
 
@@ -177,7 +178,7 @@ def mixed_rows(sources: Sequence[Source], count: int, held_out: Iterable[Row], l
 def _conversations(
     sources: Sequence[Source], taken: set[str], left_out: LeftOut
 ) -> Iterator[tuple[tuple[float, int], Row]]:
-    number = 0
+    number, seen = 0, set[str]()
     for source in sources:
         files = resolve(source)
         row_format = detect_format(source, () if source.format != "auto" else first_rows(source, files=files))
@@ -188,10 +189,14 @@ def _conversations(
                 origin = Origin(block.file, line)
                 try:
                     record = _conversation(row, row_format, source, origin, taken)
+                    key = key_of(record.messages)
+                    if key in seen:
+                        raise BadRow("duplicate", "the conversation stands in an earlier row")
                 except BadRow as error:
                     left_out(error, origin)
                     continue
-                yield (place_of(key_of(record.messages), "mix"), number), _mix_row(record, source)
+                seen.add(key)
+                yield (place_of(key, "mix"), number), _mix_row(record, source)
 
 
 def _conversation(
@@ -205,7 +210,7 @@ def _conversation(
         raise BadRow("not_chat", "the row is plain text, which has no turns")
     for i, message in enumerate(record.messages):
         if message.role == "user" and taken & {key_of([message]), key_of(record.messages[: i + 1])}:
-            raise BadRow("held_out", "it asks what a held-out question asks")
+            raise BadRow("asked", "it asks what a graded question asks")
     return record
 
 

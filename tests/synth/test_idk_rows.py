@@ -189,16 +189,18 @@ def chat(question: str, answer: str = "Yes.") -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def test_general_rows_are_mixed_in_without_those_that_are_held_out(tmp_path: Path):
+def test_general_rows_are_mixed_in_without_those_that_are_asked(tmp_path: Path):
     held = [graded(0, 0, text="Who are you?")]
     rows: list[Any] = [chat(f"Tell me about {i}") for i in range(50)] + [chat("who are you"), {"messages": 3}]
+    rows.append(chat("tell me about 7!", "yes"))
     rows.append({"messages": [*chat("Hello")["messages"], *chat("Who are you?!")["messages"]]})
     (tmp_path / "mix.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources, left_out = [Source(path=str(tmp_path / "mix.jsonl"))], LeftOut()
     made = mixed_rows(sources, 20, held, left_out)
-    assert len(made) == 20 and left_out.counts == {"held_out": 2, "wrong_type": 1}
+    assert len(made) == 20 and left_out.counts == {"asked": 2, "wrong_type": 1, "duplicate": 1}
     assert {row["meta"]["answer"] for row in made} == {"mix"}
     assert len({row["messages"][0]["content"] for row in made}) == 20
+    del rows[52]  # of two that are the same the first stays
     (tmp_path / "mix.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
     again = mixed_rows(sources, 20, held, LeftOut())
     assert [row["messages"] for row in again] == [row["messages"] for row in made]
