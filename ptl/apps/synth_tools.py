@@ -75,10 +75,7 @@ def tools(args: argparse.Namespace, rank: int, world_size: int) -> int:
             made = make_rows(asked, box, how, progress.add)
         if not made.train:
             raise ValueError(f"no row is left of {len(asked)} questions: {_told(made.counts)}")
-        questions = [
-            {"prompt": [{"role": "user", "content": row["question"]}], **row, "source": row["source"]}
-            for row in made.held_out
-        ]
+        questions = [{"prompt": [{"role": "user", "content": row["question"]}], **row} for row in made.held_out]
         wanted = mix_count(len(made.train), args.mix_share) if mix else 0
         general = ordinary_rows(mixed_rows(mix, wanted, questions, left_out), box, how)
     finally:

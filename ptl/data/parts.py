@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from ptl.data.held_out import HeldOut
 from ptl.data.prepare import Prepared
 from ptl.data.units import Units, build_units, cached_units
+from ptl.paths import cache_root
 
 _VERSION = 1
 """Part of the key of kept units; raised when the same settings make other units."""
@@ -34,7 +34,7 @@ class Preparation:
     @property
     def folder(self) -> Path:
         """``cache_dir`` or its default."""
-        return Path(self.cache_dir or os.environ.get("PTL_CACHE") or Path.home() / ".cache" / "ptl")
+        return Path(self.cache_dir) if self.cache_dir else cache_root()
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ptl.paths import cache_root
 
 SCHEME = "gguf://"
 SOURCE_FILE = "ptl_source.json"
@@ -141,7 +142,7 @@ def plain_folder(name: str, cache_dir: str | Path | None = None) -> Path:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     source = find_gguf(name).resolve()
-    root = Path(cache_dir or Path(os.environ.get("PTL_CACHE", "~/.cache/ptl")).expanduser() / "gguf")
+    root = Path(cache_dir or cache_root() / "gguf")
     root.mkdir(parents=True, exist_ok=True)
     out = root / f"{source.stem}-{file_digest(source)[:12]}"
     with FileLock(f"{out}.lock"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import sqlite3
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from ptl.data.claim import made_once
 from ptl.data.files import file_identity
+from ptl.paths import cache_root
 
 PASSAGE = 800
 """Characters of a passage; a longer paragraph is cut between sentences."""
@@ -39,7 +39,7 @@ def index_of(path: Path) -> Path:
     files = _files(path)
     parts = [_VERSION, *(file_identity(file) for file in files)]
     key = hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=12).hexdigest()
-    root = Path(os.environ.get("PTL_CACHE") or Path.home() / ".cache" / "ptl") / "search"
+    root = cache_root() / "search"
     root.mkdir(parents=True, exist_ok=True)
     made_once(root / key, lambda folder, claim: _make(files, folder))
     return root / key / "index.sqlite"

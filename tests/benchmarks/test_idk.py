@@ -9,11 +9,20 @@ from typing import Any
 
 import pytest
 
-from benchmarks.idk import GOALS, countries, nq_open, result_of, wheel
+from benchmarks.idk import GOALS, countries, result_of
+from benchmarks.stages import nq_open, wheel
 from ptl.synth.idk_report import measure
 
 COUNTRIES: dict[str, dict[str, Any]] = {
-    "chile": {"name": "Chile", "capital": "Santiago", "region": "Americas", "intermediateregion": "South America"},
+    "chile": {
+        "name": "Chile",
+        "capital": "Santiago",
+        "demonym": "Chilean",
+        "region": "Americas",
+        "intermediateregion": "South America",
+        "provinces": ["Maule", "La Paz"],
+    },
+    "bolivia": {"name": "Bolivia", "capital": ["Sucre", "La Paz"], "provinces": ["La Paz", ["Oruro"]]},
     "cuba": {"name": "Cuba", "capital": "Havana", "region": "Americas", "intermediateregion": "Caribbean"},
     "antarctica": {"name": "Antarctica", "capital": "", "region": ""},
 }
@@ -32,12 +41,16 @@ def wheels(tmp_path: Path) -> Path:
 
 
 def test_the_questions(wheels):
-    made = list(countries(wheels))
+    made = list(countries(wheels, 10))
     assert [(row["question"], row["answers"]) for row in made] == [
         ("What is the capital of Chile?", ["Santiago"]),
         ("On which continent is Chile?", ["Americas", "South America"]),
+        ("What are people from Chile called?", ["Chilean"]),
         ("What is the capital of Cuba?", ["Havana"]),
         ("On which continent is Cuba?", ["Americas", "North America"]),
+        ("In which country is Santiago?", ["Chile"]),
+        ("In which country is Havana?", ["Cuba"]),
+        ("In which country is Maule?", ["Chile"]),  # La Paz is in two, and what is no text is left out
     ]
     drawn = list(nq_open(wheels, 5))
     assert drawn == list(nq_open(wheels, 5)) and len(drawn) == 5 and drawn[0]["source"] == "nq_open"

@@ -74,14 +74,19 @@ class Routes:
     def __init__(self, desk: Desk, name: str) -> None:
         self.desk, self.name, self._here = desk, name, 0
 
-    def _enter(self) -> contextlib.ExitStack | None:
-        """Counts a request until the stack is closed; None where too many wait, each of which holds a thread."""
-        if self._here >= MOST_WAITING:
-            return None
+    async def _admit(self, request: Request) -> tuple[Asked, contextlib.ExitStack] | Response:
+        """What is asked, counted until the stack is closed; a refusal where it is wrong or too many wait."""
+        try:
+            asked = parse(await request.body())
+        except BadRequest as bad:
+            return JSONResponse(error(str(bad), bad.param), 400)
+        if self._here >= MOST_WAITING:  # each holds a thread
+            problem = f"{MOST_WAITING} requests wait already: try again later"
+            return JSONResponse(error(problem, kind="overloaded"), 503)
         self._here += 1
-        stack = contextlib.ExitStack()
-        stack.callback(self._leave)
-        return stack
+        here = contextlib.ExitStack()
+        here.callback(self._leave)
+        return asked, here
 
     def _leave(self) -> None:
         self._here -= 1
@@ -98,13 +103,10 @@ class Routes:
 
     async def completions(self, request: Request) -> Response:
         """OpenAI's chat completions."""
-        try:
-            asked = parse(await request.body())
-        except BadRequest as bad:
-            return JSONResponse(error(str(bad), bad.param), 400)
-        here = self._enter()
-        if here is None:
-            return _busy()
+        admitted = await self._admit(request)
+        if isinstance(admitted, Response):
+            return admitted
+        asked, here = admitted
         exchange, made = Exchange(), Answer(self.name)
         events = self._events(asked, exchange)
         with contextlib.ExitStack() as stack:
@@ -122,13 +124,10 @@ class Routes:
 
     async def chat(self, request: Request) -> Response:
         """The page's own: a line of JSON for all that happens, with the tokens at its end."""
-        try:
-            asked = parse(await request.body())
-        except BadRequest as bad:
-            return JSONResponse(error(str(bad), bad.param), 400)
-        here = self._enter()
-        if here is None:
-            return _busy()
+        admitted = await self._admit(request)
+        if isinstance(admitted, Response):
+            return admitted
+        asked, here = admitted
         exchange = Exchange()
         events = self._events(asked, exchange)
 
@@ -165,10 +164,6 @@ class Routes:
         if asked.usage:
             yield _sse(made.counts(_usage(exchange)))
         yield "data: [DONE]\n\n"
-
-
-def _busy() -> Response:
-    return JSONResponse(error(f"{MOST_WAITING} requests wait already: try again later", kind="overloaded"), 503)
 
 
 def _after(first: Any, events: Iterator[Any]) -> Iterator[Any]:

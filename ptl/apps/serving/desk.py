@@ -121,17 +121,13 @@ class Desk:
             text += piece
             held += piece
             # What may be the beginning of a call is not shown as text.
-            at = min(
-                (i for i in (held.find("<tool_call>"), *(held.find(t.opening) for t in known)) if i >= 0), default=-1
-            )
-            if at < 0 and "<" not in held[-40:]:
+            if _call_begins(held, known) is None and "<" not in held[-40:]:
                 yield Piece(held)
                 held = ""
         exchange.calls = [call for call in calls_in(text, known) if call.problem is None]
         if exchange.calls:
             exchange.finish = "tool_calls"
-            begin = min(i for i in (held.find("<tool_call>"), *(held.find(t.opening) for t in known)) if i >= 0)
-            held = held[:begin].rstrip()
+            held = held[: _call_begins(held, known)].rstrip()
         if held:
             yield Piece(held)
 
@@ -153,6 +149,12 @@ class Desk:
 
     def _shown(self, token: int, own: bool) -> Shown:
         return Shown(token, str(self.renderer.tokenizer.decode([token])), token in self._marks, own)
+
+
+def _call_begins(text: str, tools: Sequence[Tool]) -> int | None:
+    """Where the first call begins in a text, in either form; None where there is none."""
+    places = (text.find(mark) for mark in ("<tool_call>", *(tool.opening for tool in tools)))
+    return min((at for at in places if at >= 0), default=None)
 
 
 def _tool(schema: Mapping[str, Any]) -> Tool:
