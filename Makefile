@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm check format test test-slow demo distill-demo grpo-demo clean
+.PHONY: help install install-vllm check docs format test test-slow demo distill-demo grpo-demo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,13 @@ check: $(STAMP) ## format, lint, types, import layers
 	$(BIN)/ruff check ptl tests benchmarks
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP) ## the pages of docs/ as a site in site/, warnings as errors; writes docs/reference/ first
+	$(BIN)/ruff format --check docs/*.py
+	$(BIN)/ruff check docs/*.py
+	$(BIN)/python -m docs.signatures
+	$(BIN)/mkdocs build
 
 format: $(STAMP) ## format and fix what the linter can
 	$(BIN)/ruff format ptl tests benchmarks
