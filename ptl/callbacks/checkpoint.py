@@ -18,15 +18,18 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from ptl.callbacks.record import run_folder
 from ptl.callbacks.run_identity import run_id
 from ptl.callbacks.saved import FOLDER, latest_checkpoint
+from ptl.callbacks.throughput import excluded
 from ptl.data.durable import TEMPORARY, replacing
 from ptl.strategies.agreement import StepAgreement
-from ptl.strategies.checkpoints import CheckpointError
-from ptl.strategies.zero_checkpoints import RUN_KEY
+from ptl.strategies.checkpoints import MARKER, CheckpointError
+from ptl.strategies.staging import Staging, node_folder
+from ptl.strategies.zero_checkpoints import RUN_KEY, CheckpointedZeRO
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -34,7 +37,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     A save that fails or is killed leaves what was there before untouched. The file is written straight from the
     tensors, without a second copy of the checkpoint in memory.
+
+    Attributes:
+        staging: where a checkpoint is written first, to be copied to its place by a thread; None writes it there.
     """
+
+    def __init__(self) -> None:
+        self.staging: Staging | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Writes the checkpoint.
@@ -46,11 +55,43 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
+        if self.staging is not None:
+            self._save_staged(self.staging, checkpoint, target)
+            return
         try:
             with replacing(target) as temporary, open(temporary, "wb") as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
             raise CheckpointError(_cannot_write(target, _first_cause(error))) from error
+
+    def _save_staged(self, staging: Staging, checkpoint: dict[str, Any], target: Path) -> None:
+        staging.wait()
+        local = staging.folder / target.name
+        try:
+            local.parent.mkdir(parents=True, exist_ok=True)
+            with open(local, "wb") as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            local.unlink(missing_ok=True)
+            raise CheckpointError(_cannot_write(local, _first_cause(error), beside=target)) from error
+
+        def copy() -> None:
+            try:
+                with replacing(target) as temporary:
+                    shutil.copyfile(local, temporary)
+            except OSError as error:
+                raise CheckpointError(_cannot_write(target, error)) from error
+            finally:
+                local.unlink(missing_ok=True)
+
+        staging.start(copy, target)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Removes a checkpoint; where another is being copied, once that is in its place."""
+        if self.staging is None:
+            super().remove_checkpoint(path)
+        else:
+            self.staging.behind(lambda: TorchCheckpointIO.remove_checkpoint(self, path))
 
     def load_checkpoint(
         self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
@@ -61,6 +102,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: the file is not whole, or it holds pickled code and ``weights_only`` is not False.
             FileNotFoundError: there is none.
         """
+        if self.staging is not None:
+            self.staging.wait()
         try:
             return super().load_checkpoint(path, map_location, weights_only)
         except pickle.UnpicklingError as error:
@@ -90,10 +133,15 @@ class Checkpoint(ModelCheckpoint):
         every_n_train_steps: optimizer steps between saves; by default each epoch's end is saved, or with ``monitor``
             each validation.
         every_n_minutes: minutes of rank 0's clock between saves, besides those by steps or epochs.
+        local_dir: folder on a disk of each node, such as ``$SLURM_TMPDIR``, that every save of the trainer goes to
+            first: training goes on while a thread copies it to ``dirpath``, where it appears whole and under its name
+            once all ranks' parts are there. One copy is under way at a time: the next save waits for it. The end of the
+            fit and a preemption wait too. None writes to ``dirpath`` at once.
         kwargs: the other arguments of Lightning's ModelCheckpoint.
 
     Raises:
-        CheckpointError: from the training loop, on every rank before anything is touched: the disk lacks the room.
+        CheckpointError: from the training loop, on every rank. Before anything is touched: the disk lacks the room.
+            With ``local_dir`` also within two optimizer steps of a copy that has failed.
     """
 
     def __init__(
@@ -106,6 +154,7 @@ class Checkpoint(ModelCheckpoint):
         save_top_k: int = 1,
         every_n_train_steps: int | None = None,
         every_n_minutes: float | None = None,
+        local_dir: str | None = None,
         enable_version_counter: bool = False,
         auto_insert_metric_name: bool = False,
         **kwargs: Any,
@@ -114,6 +163,11 @@ class Checkpoint(ModelCheckpoint):
             raise ValueError(
                 f"checkpoint.every_n_minutes must be above 0 and goes without monitor, got {every_n_minutes} with "
                 f"monitor {monitor!r}"
+            )
+        if local_dir is not None and kwargs.get("save_last") == "link":
+            raise ValueError(
+                "checkpoint.save_last link would point at what is not copied yet: set save_last to true, or remove "
+                "checkpoint.local_dir"
             )
         if monitor is None and every_n_train_steps is None:
             kwargs.setdefault("save_on_train_epoch_end", True)
@@ -129,9 +183,10 @@ class Checkpoint(ModelCheckpoint):
             **kwargs,
         )
         self.every_n_minutes = every_n_minutes
-        self.slowest_save = 0.0
-        """Seconds of the slowest save of this process."""
-        self._minutes: StepAgreement | None = None
+        self.local_dir = local_dir
+        self._slowest_write = 0.0
+        self._staging: Staging | None = None
+        self._agreement: StepAgreement | None = None
         self._saved_at = time.monotonic()
         self._wanted = self._deferred = False
         self._newest = ""
@@ -152,6 +207,33 @@ class Checkpoint(ModelCheckpoint):
             for leftover in Path(self.dirpath).glob(f".*{TEMPORARY}"):
                 if leftover.is_file():
                     leftover.unlink()
+                elif not (leftover / MARKER).is_file():  # else it is whole, and perhaps all there is
+                    shutil.rmtree(leftover, ignore_errors=True)
+        if self.local_dir is not None:
+            self._stage(trainer, self.local_dir)
+
+    def _stage(self, trainer: L.Trainer, local_dir: str) -> None:
+        """Has the trainer's saves go through the nodes' disks; all ranks find a mistake together."""
+        place = _staging_place(trainer)
+        if "://" in str(self.dirpath) or place is None:
+            what = self.dirpath if place is not None else type(trainer.strategy.checkpoint_io).__name__
+            raise ValueError(
+                f"checkpoint.local_dir copies files that ptl has written to a folder, got {what}: remove it"
+            )
+        problem = None
+        if place.staging is not None:
+            problem = "two checkpoint callbacks set local_dir: all saves of the trainer go there, so set it once"
+        else:
+            try:
+                self._staging = Staging(node_folder(local_dir, Path(str(self.dirpath)), trainer.global_rank))
+                self._staging.open()
+            except (OSError, ValueError) as error:
+                problem = (
+                    f"checkpoint.local_dir {local_dir} cannot be written to on rank {trainer.global_rank}: {error}"
+                )
+        if not trainer.strategy.reduce_boolean_decision(problem is None):
+            raise ValueError(problem or f"checkpoint.local_dir {local_dir} cannot be written to on another rank's node")
+        place.staging = self._staging
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -159,7 +241,8 @@ class Checkpoint(ModelCheckpoint):
         inside = resumed is not None and self.dirpath is not None and Path(self.dirpath) in resumed.parents
         self._resumed_from = resumed if inside else None
         self._saved_step = trainer.global_step if inside else -1
-        self._minutes = StepAgreement(trainer.world_size) if self.every_n_minutes else None
+        watched = self.every_n_minutes or self._staging is not None
+        self._agreement = StepAgreement(trainer.world_size) if watched else None
         self._saved_at = time.monotonic()
         self._wanted = self._deferred = False
 
@@ -167,9 +250,14 @@ class Checkpoint(ModelCheckpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if self._minutes is not None and self.every_n_minutes and self._ends_step(trainer, batch_idx):
-            due = trainer.is_global_zero and time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
-            self._wanted = self._minutes.exchange([due])[0] or self._wanted
+        if self._agreement is not None and self._ends_step(trainer, batch_idx):
+            waited = (time.monotonic() - self._saved_at) / 60
+            due = bool(self.every_n_minutes) and trainer.is_global_zero and waited >= (self.every_n_minutes or 0)
+            failing = self._staging is not None and self._staging.failed
+            due, failing = self._agreement.exchange([due, failing])
+            self._wanted = due or self._wanted
+            if failing:
+                self.settle(trainer)
         if self.monitor is None and step != trainer.max_steps and pauses_after(trainer, batch_idx):
             every = self._every_n_train_steps
             self._deferred = self._wanted or bool(every and step and step % every == 0)
@@ -196,8 +284,50 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        if self._minutes is not None:
-            self._minutes.close()
+        self.settle(trainer)
+        if self._agreement is not None:
+            self._agreement.close()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.settle(trainer)
+            self._unstage(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        if self._staging is not None:
+            try:
+                self._staging.leave()
+            except CheckpointError as error:
+                rank_zero_warn(str(error))
+            self._unstage(trainer)
+
+    def _unstage(self, trainer: L.Trainer) -> None:
+        place = _staging_place(trainer)
+        if self._staging is not None and place is not None:
+            self._staging.close()
+            self._staging = place.staging = None
+
+    def settle(self, trainer: L.Trainer) -> None:
+        """Waits until what has been saved is in its place. All ranks call it together.
+
+        Raises:
+            CheckpointError: on every rank, it could not be copied there.
+        """
+        place = _staging_place(trainer)
+        if place is None or place.staging is None:
+            return
+        problem = None
+        with excluded(trainer):
+            try:
+                place.staging.wait()
+            except CheckpointError as error:
+                problem = str(error)
+            # Rank 0's thread is the one that has heard of every rank's mistakes.
+            problem = trainer.strategy.broadcast(problem)
+        if problem:
+            raise CheckpointError(problem)
+        self._drop_resumed(trainer)
 
     def request(self) -> None:
         """Saves at the end of this optimizer step, or behind the validation or the end of the epoch that follows it.
@@ -212,6 +342,12 @@ class Checkpoint(ModelCheckpoint):
         return self._saved_step == step and not self._wanted
 
     @property
+    def slowest_save(self) -> float:
+        """Seconds that a save may take, by what this process has seen: writing, and with ``local_dir`` two copies, one
+        that is still under way and its own."""
+        return self._slowest_write + (2 * self._staging.slowest if self._staging is not None else 0.0)
+
+    @property
     def newest(self) -> str:
         """Path of what was saved last."""
         return self._newest or self.best_model_path
@@ -223,7 +359,7 @@ class Checkpoint(ModelCheckpoint):
         started, before = time.monotonic(), self._saved_step
         save(*arguments)
         if self._saved_step != before:
-            self.slowest_save = max(self.slowest_save, time.monotonic() - started)
+            self._slowest_write = max(self._slowest_write, time.monotonic() - started)
 
     def _save_last(self, trainer: L.Trainer) -> None:
         """Saves the step that ends the training, so that a longer run can go on from it.
@@ -255,8 +391,15 @@ class Checkpoint(ModelCheckpoint):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """All ranks see whether there is room, before anything is written or removed."""
-        problem = self._no_room(checkpoint, pl_module) if trainer.is_global_zero else None
+        self.settle(trainer)
+        problem = self._no_room(Path(self.dirpath or "."), checkpoint, pl_module) if trainer.is_global_zero else None
         problem = trainer.strategy.broadcast(problem)
+        if self._staging is not None and problem is None:
+            problem = self._no_room(self._staging.folder, checkpoint, pl_module)
+            if not trainer.strategy.reduce_boolean_decision(problem is None):
+                problem = (
+                    problem or f"the disk of another rank's node lacks room in checkpoint.local_dir {self.local_dir}"
+                )
         if problem:
             raise CheckpointError(problem)
         if own := run_id(run_folder(trainer)):
@@ -264,9 +407,8 @@ class Checkpoint(ModelCheckpoint):
         self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
 
-    def _no_room(self, checkpoint: Mapping[str, Any], module: nn.Module) -> str | None:
-        """Says that the disk cannot hold this checkpoint, when that is certain."""
-        folder = Path(self.dirpath or ".")
+    def _no_room(self, folder: Path, checkpoint: Mapping[str, Any], module: nn.Module) -> str | None:
+        """Says that the disk of a folder cannot hold this checkpoint, when that is certain."""
         if "://" in str(folder):
             return None
         present = next((parent for parent in (folder, *folder.parents) if parent.exists()), Path("."))
@@ -275,7 +417,7 @@ class Checkpoint(ModelCheckpoint):
         if needed <= free:
             return None
         reason = f"it needs at least {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
-        return _cannot_write(folder / "the next one", reason)
+        return _cannot_write(folder / "the next one", reason, beside=Path(self.dirpath or ".") / "the next one")
 
     def _drop_resumed(self, trainer: L.Trainer) -> None:
         """Removes the checkpoint that this attempt resumed from, once a newer one is there.
@@ -288,7 +430,9 @@ class Checkpoint(ModelCheckpoint):
         # The old one names as the best what it was saved as: where a kill has left it under a hidden name, or somebody
         # has renamed it, that is not there, and the old one is all there is.
         newest = Path(self.best_model_path) if self.best_model_path else old
-        if newest.resolve() != old and newest.exists():
+        # One that is still being copied will do: a removal waits for it.
+        copied = self._staging is not None and self._staging.target == newest
+        if newest.resolve() != old and (newest.exists() or copied):
             self._resumed_from = None
             trainer.strategy.remove_checkpoint(str(old))
 
@@ -338,10 +482,20 @@ def tensor_bytes(tree: Any) -> int:
     return 0
 
 
-def _cannot_write(target: Path, reason: object) -> str:
+def _staging_place(trainer: L.Trainer) -> CheckpointedZeRO | AtomicCheckpointIO | None:
+    """What writes the trainer's checkpoints, and may write them to a disk of the node first."""
+    if isinstance(trainer.strategy, CheckpointedZeRO):
+        return trainer.strategy
+    io = trainer.strategy.checkpoint_io
+    return io if isinstance(io, AtomicCheckpointIO) else None
+
+
+def _cannot_write(target: Path, reason: object, beside: Path | None = None) -> str:
+    """``beside`` is where the run's checkpoints are, if not where this one goes."""
+    key = "dirpath" if beside in (None, target) else "local_dir"
     return (
-        f"cannot write the checkpoint {target}: {reason}; {_last_good(target)}. Free space, keep fewer checkpoints "
-        "(save_top_k) or set another dirpath, then resume"
+        f"cannot write the checkpoint {target}: {reason}; {_last_good(beside or target)}. Free space, keep fewer "
+        f"checkpoints (save_top_k) or set another {key}, then resume"
     )
 
 

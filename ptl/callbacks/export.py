@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from torch import Tensor, nn
 
+from ptl.callbacks.checkpoint import Checkpoint
 from ptl.callbacks.health import EngineStrategy
 from ptl.callbacks.record import run_folder
 from ptl.callbacks.run_identity import run_id
@@ -139,6 +140,8 @@ class Export(L.Callback):
         it."""
         state = consolidated_state_dict(policy, trainable_only=not self.merged)
         keeper = _best_keeper(trainer) if self.which == "best" else None
+        if isinstance(keeper, Checkpoint):
+            keeper.settle(trainer)
         if keeper is not None and keeper.best_model_path and trainer.is_global_zero:
             saved = trainer.strategy.checkpoint_io.load_checkpoint(keeper.best_model_path, weights_only=True)
             best = {k.removeprefix("policy."): v for k, v in saved["state_dict"].items() if k.startswith("policy.")}

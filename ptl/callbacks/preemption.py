@@ -106,6 +106,7 @@ class Preemption(L.Callback):
         """Leaves here and not where it was saved, so that what the last step has logged is written."""
         if not self._leaving or not _saver(trainer).saved(trainer.global_step):
             return
+        _saver(trainer).settle(trainer)
         for logger in trainer.loggers if trainer.is_global_zero else []:
             tell(logger, lambda run: run.mark_preempting())
         reason = self._received or (

@@ -17,6 +17,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from ptl.callbacks.checkpoint import Checkpoint
 from ptl.callbacks.record import run_folder
 from ptl.callbacks.saved import latest_checkpoint
 from ptl.data.durable import write_text
@@ -77,6 +78,9 @@ def choose_rewind(trainer: L.Trainer, *, first_bad: int, most: int, reason: str)
     data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
     if not isinstance(data, ChatDataModule):
         return None
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, Checkpoint):
+            callback.settle(trainer)  # else what is still being copied would appear behind this choice
     # The position is a matter of all ranks' counts, and the same on each.
     state = data.state_dict()
     found: Rewind | None = None

@@ -113,6 +113,16 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def cannot_copy(final: Path, reason: object) -> str:
+    """What to say where a checkpoint did not get from the node's disk to its place."""
+    newest = latest_complete(final.parent)
+    last_good = f"the newest whole checkpoint is {newest}" if newest else "there is no whole checkpoint beside it"
+    return (
+        f"cannot copy the checkpoint {final} from the node's disk: {reason}; {last_good}. Free space, keep fewer "
+        "checkpoints (save_top_k) or set another dirpath, then resume"
+    )
+
+
 # ---- reading ----
 
 

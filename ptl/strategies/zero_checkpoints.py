@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,13 +19,15 @@ from torch.optim import Optimizer
 from ptl.strategies import checkpoints
 from ptl.strategies.checkpoints import TAG, UNIVERSAL, CheckpointError, CheckpointRecord
 from ptl.strategies.partition import full_shape, is_partitioned
+from ptl.strategies.staging import Staging, copy_durably
 
 if TYPE_CHECKING:
     import deepspeed
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=12)
-"""How long ranks wait while rank 0 converts a checkpoint; a collective's own limit is too short for a large model."""
+"""How long ranks wait while rank 0 converts a checkpoint, and copying threads for each other; a collective's own limit
+is too short for a large model."""
 RUN_KEY = "ptl_run"
 """Key of a checkpoint under which its run's id stands."""
 _ENGINE_KEYS = {"module", "optimizer", "lr_scheduler"}
@@ -34,6 +37,8 @@ class CheckpointedZeRO(DeepSpeedStrategy):
     """The part of ``ZeROStrategy`` that writes and reads checkpoint folders."""
 
     trust_checkpoint: bool = False
+    staging: Staging | None = None
+    """Where a rank's part of a checkpoint goes first, where a callback has asked for it."""
 
     @property
     def stage(self) -> int:
@@ -52,13 +57,19 @@ class CheckpointedZeRO(DeepSpeedStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Writes a checkpoint folder under a hidden name on all ranks, and gives it its name when it is whole.
 
-        Call it between optimizer steps: gradients of a window that is under way are not saved.
+        With ``staging`` each rank writes its part into its folder on the node, and a thread does the rest. Call it
+        between optimizer steps: gradients of a window that is under way are not saved.
         """
         final = Path(self.broadcast(filepath))
         partial = checkpoints.partial_path(final)
+        if self.staging is not None:
+            self.staging.wait()
         self._on_rank_zero(lambda: checkpoints.clear(partial))
         # The conversion for another number of ranks asks for this key, which Lightning does not write.
         checkpoint = {**checkpoint, "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+        if self.staging is not None:
+            self._save_staged(self.staging, checkpoint, final)
+            return
         with _without_frozen(self._module):
             super().save_checkpoint(checkpoint, str(partial), storage_options)
         record = self._record(checkpoint.get(RUN_KEY))
@@ -68,6 +79,48 @@ class CheckpointedZeRO(DeepSpeedStrategy):
             checkpoints.publish(partial, final)
 
         self._on_rank_zero(finish)
+
+    def _save_staged(self, staging: Staging, checkpoint: dict[str, Any], final: Path) -> None:
+        """Every rank has its own folder, also on one node, so that each copies what it has written."""
+        local, partial = staging.folder / final.name, checkpoints.partial_path(final)
+        checkpoints.clear(local)
+        state = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+        with _without_frozen(self._module):
+            self.deepspeed_engine.save_checkpoint(
+                str(local), tag=TAG, client_state=state, exclude_frozen_parameters=self.exclude_frozen_parameters
+            )
+        record = self._record(checkpoint.get(RUN_KEY))
+        if staging.group is None and self.world_size > 1:
+            staging.group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+
+        def copy() -> None:
+            problem = None
+            try:
+                copy_durably(local, partial)
+            except OSError as error:
+                problem = f"rank {self.global_rank}: {error}"
+            staging.own_part_done()
+            problems = [text for text in self._told_to_rank_zero(problem, staging.group) if text]
+            shutil.rmtree(local, ignore_errors=True)
+            if problems:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise CheckpointError(checkpoints.cannot_copy(final, problems[0]))
+            if self.is_global_zero:
+                try:
+                    checkpoints.seal(partial, record)
+                    checkpoints.publish(partial, final)
+                except OSError as error:
+                    raise CheckpointError(checkpoints.cannot_copy(final, error)) from error
+
+        staging.start(copy, final)
+
+    def _told_to_rank_zero(self, problem: str | None, group: Any) -> list[str | None]:
+        """Every rank's ``problem`` on rank 0, nothing on the others; waits for all."""
+        if group is None:
+            return [problem]
+        found: list[str | None] = [None] * self.world_size
+        torch.distributed.gather_object(problem, found if self.is_global_zero else None, dst=0, group=group)
+        return found if self.is_global_zero else []
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Restores module and optimizer from a whole checkpoint of this run, of any number of ranks.
@@ -86,7 +139,11 @@ class CheckpointedZeRO(DeepSpeedStrategy):
         return load_training_state(self.deepspeed_engine, path, universal=universal)
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        if self.is_global_zero:
+        if not self.is_global_zero:
+            return
+        if self.staging is not None:
+            self.staging.behind(lambda: checkpoints.discard(Path(filepath)))
+        else:
             checkpoints.discard(Path(filepath))
 
     @property
