@@ -34,15 +34,23 @@ class Parsed(BaseException):
     """The command line was understood; what comes next is work."""
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A command that should be read alone, and runs, writes nothing here."""
+    monkeypatch.chdir(tmp_path)
+
+
 def block_commands(page: Path) -> list[str]:
-    blocks = re.findall(r"^```(?:sh)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    shell = [text for language, text in blocks if language in ("", "sh")]
+    lines = [line for text in shell for line in text.replace("\\\n", " ").splitlines()]
     return [line for line in lines if KNOWN.match(line) and not re.match(r"ptl/", line)]
 
 
 def named_commands(page: Path) -> list[str]:
     """Commands in a sentence, which may leave out what is required."""
-    spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", page.read_text(encoding="utf-8"))
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    spans = re.findall(r"`([^`]+)`", prose)
     return [" ".join(span.split()) for span in spans if KNOWN.match(" ".join(span.split()))]
 
 
@@ -67,6 +75,8 @@ def of(program: str, commands: list[str]) -> list[list[str]]:
 def test_commands_are_found():
     assert len(BLOCKS) > 60 and len(NAMED) > 40
     assert {"ptl fit", "ptl plan", "ptl synth"} <= {" ".join(words[:2]) for words in of("ptl", BLOCKS)}
+    # Behind a block of another language, as in docs/slurm.md.
+    assert {"slurm/pipeline.sh", "slurm/sweep.sbatch", "slurm/rollout.sbatch"} <= {words[0] for words in JOBS}
 
 
 @pytest.mark.parametrize("command", sorted({*BLOCKS, *NAMED}))
@@ -113,7 +123,14 @@ def understood(run, words: list[str], monkeypatch) -> str:
     return said.getvalue() if code else ""
 
 
-LIGHT = [words[1:] for words in of("ptl", BLOCKS) if words[1] in cli.LIGHT]
+def stages(words: list[str]) -> list[list[str]]:
+    """The words of each stage of a pipeline, with a folder for the model of an earlier one."""
+    given = [word.partition("=")[2] for word in words[1:] if re.match(r"\w+(@\d+)?=", word)]
+    return [shlex.split(re.sub(r"\{\w+\}", "runs/stage", stage)) for stage in given]
+
+
+STAGES = [stage for words in of("slurm/pipeline.sh", BLOCKS) for stage in stages(words)]
+LIGHT = [words[1:] for words in [*of("ptl", BLOCKS), *STAGES] if words[0] == "ptl" and words[1] in cli.LIGHT]
 NAMED_LIGHT = [words[1:] for words in of("ptl", NAMED) if words[1:2] and words[1] in cli.LIGHT]
 
 
@@ -147,7 +164,7 @@ def test_every_ptl_command_is_of_a_kind_that_is_tested():
 
 def fit_arguments() -> list[tuple[str, ...]]:
     """The arguments of ``ptl fit`` in all commands, those of jobs included."""
-    found = set()
+    found = {tuple(stage) for stage in STAGES if stage[0] != "ptl"}
     for command in [*BLOCKS, *NAMED]:
         words = words_of(command)
         if "focal.yaml" in words:  # docs/objective.md, which runs
@@ -156,9 +173,6 @@ def fit_arguments() -> list[tuple[str, ...]]:
             words = words[1:]
         if words[:2] == ["ptl", "fit"]:
             found.add(tuple(words[2:]))
-        elif words and words[0] == "slurm/pipeline.sh":
-            stages = [word.partition("=")[2] for word in words[1:] if re.match(r"\w+(@\d+)?=", word)]
-            found |= {tuple(shlex.split(re.sub(r"\{\w+\}", "runs/stage", stage))) for stage in stages}
         elif words and re.match("slurm/|sbatch", words[0]) and "-c" in words:
             found.add(tuple(words[words.index("-c") :]))
     return sorted(arguments for arguments in found if arguments)

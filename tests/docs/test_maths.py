@@ -44,7 +44,8 @@ PARTS = {"divergence": divergence.Divergence, "loss": PolicyLoss, "hidden": Hidd
 OBJECTIVES = (SFT, Distillation, reward.RewardModeling, DPO, GRPO, PPO)
 NO_TERM = {
     *("policy", "optimizer", "schedule", "teacher", "critic", "rollout", "engine", "rewards", "tools"),
-    *("evaluation", "self_check", "error_limit", "share_prompt", "hidden", "divergence", "loss", "ptx"),
+    *("evaluation", "self_check", "error_limit", "share_prompt", "sequence_parallel"),
+    *("hidden", "divergence", "loss", "ptx"),
 }
 """Arguments of objectives that are no term of a loss, or whose parts are."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 
 import lightning as L
 import pytest
@@ -18,6 +19,7 @@ from ptl.callbacks.record import RunRecord
 from ptl.objectives.base import Objective
 from ptl.rewards.base import Reward
 from ptl.rollout.engine import Engine
+from tests.cli.test_configs import CONFIGS, parse
 
 LISTED = {signatures.found(path): path for page in signatures.PAGES.values() for path in page.classes}
 SILENT = {
@@ -36,6 +38,13 @@ def test_a_page_is_what_the_code_says(name):
 def test_every_page_is_written_by_the_code_or_by_hand():
     pages = {page.name for page in signatures.FOLDER.glob("*.md")}
     assert pages == {*signatures.PAGES, "README.md"}
+
+
+def test_every_key_of_fit_is_in_the_first_table():
+    keys = set(vars(parse(CONFIGS / "recipes/lora.yaml")))
+    assert keys > {"model", "data", "trainer"}
+    named = set(re.findall(r"`(\w+)`", (signatures.FOLDER / "README.md").read_text(encoding="utf-8")))
+    assert keys - {"config"} <= named
 
 
 def test_every_class_that_a_key_takes_has_its_table():
