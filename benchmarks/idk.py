@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.stages import fit, nq_open, ptl, wheel
+from benchmarks.stages import fit, ptl
+from ptl.apps.story.data import nq_open, wheel
 
 RECIPE = "configs/recipes/idk.yaml"
 IMAGE = Path("docs/images/idk.png")

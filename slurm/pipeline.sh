@@ -6,7 +6,8 @@
 #     reward="-c configs/recipes/reward.yaml" \
 #     ppo="-c configs/recipes/ppo_rm.yaml --model.critic.name {reward}"
 #
-# NAME=ARGUMENTS is a stage: the arguments of `ptl fit`, in the run folder runs/study/NAME. The policy of a stage is the
+# NAME=ARGUMENTS is a stage: the arguments of `ptl fit`, in the run folder runs/study/NAME; NAME="ptl synth ..." is
+# another command, whose tasks share the work where it can be shared. The policy of a stage is the
 # model that the stage before has exported, unless its arguments set --model.policy.name; {NAME} stands for the exported
 # model of an earlier stage. A stage looks for runs/study/NAME/stage.json, which names the export, before it starts.
 # NAME@N=... asks for N nodes. --dry-run prints what would be submitted; other options are those of train.sbatch.
@@ -14,7 +15,7 @@
 set -euo pipefail
 # shellcheck source=slurm/job.sh
 source "$(dirname "$0")/job.sh"
-usage() { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 options=() stages=() study="" dry=""
 while (($#)); do
   case $1 in
@@ -41,17 +42,22 @@ for stage in "${stages[@]}"; do
     exit 2
   fi
   read -r -a arguments <<<"$text"
-  if [[ -n $before && $text != *--model.policy.name* ]]; then
-    arguments+=(--model.policy.name "$study/$before/export")
-    needs+=("$study/$before/stage.json")
+  names+=("$name")
+  if [[ ${arguments[0]} != ptl ]]; then
+    if [[ -n $before && $text != *--model.policy.name* ]]; then
+      arguments+=(--model.policy.name "$study/$before/export")
+      needs+=("$study/$before/stage.json")
+    fi
+    arguments+=(--run.dir "$study/$name")
+    before=$name
   fi
   dependency=()
   if [[ -n $previous ]]; then
     dependency=(--sbatch "--dependency=afterok:$previous" --sbatch --kill-on-invalid-dep=yes)
   fi
-  export PTL_NEEDS="${needs[*]}"
+  export PTL_NEEDS="${needs[*]}" PTL_RUN=$study/$name
   job=$(submit "$PTL_SLURM/train.sbatch" "${options[@]}" "${nodes[@]}" "${dependency[@]}" \
-    --sbatch "--job-name=${study##*/}-$name" "${arguments[@]}" --run.dir "$study/$name")
+    --sbatch "--job-name=${study##*/}-$name" "${arguments[@]}")
   if [[ -n $dry ]]; then
     echo "PTL_NEEDS='$PTL_NEEDS' $job"
     previous="<job of $name>"
@@ -59,5 +65,4 @@ for stage in "${stages[@]}"; do
     previous=${job%%;*}
     echo "$name: job $previous, $study/$name"
   fi
-  names+=("$name") before=$name
 done

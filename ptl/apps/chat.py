@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ptl.apps.reply import Reply, check_sampling
+from ptl.apps.reply import ModelWriter, Reply, check_sampling
 from ptl.tools.base import Result
 from ptl.tools.calls import form_of, stop_texts
 from ptl.tools.load import load_tools
@@ -26,7 +26,7 @@ SHOWN = 300
 
 def stream_reply(model: nn.Module, renderer: Renderer, messages: Sequence[Message], **sampling: Any) -> Iterator[str]:
     """Pieces of the answer as they are decoded; arguments and errors as of ``Reply``."""
-    return iter(Reply(model, renderer, messages, **sampling))
+    return iter(Reply(ModelWriter(model), renderer, messages, **sampling))
 
 
 def generate_reply(model: nn.Module, renderer: Renderer, messages: Sequence[Message], **sampling: float) -> str:

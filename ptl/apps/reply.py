@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ptl.types import Message
 
@@ -17,13 +18,62 @@ LOOK_BACK = 64
 """Characters before the newest ones in which a stop text may begin."""
 
 
+class Writer(Protocol):
+    """What writes tokens behind others.
+
+    Attributes:
+        longest: most tokens of a dialogue with its answer.
+        ends: ids at which the model stops by its own configuration.
+    """
+
+    longest: int
+    ends: frozenset[int]
+
+    def tokens(
+        self, prompt: Sequence[int], *, temperature: float, top_p: float, seed: int | None, limit: int, ends: set[int]
+    ) -> Iterator[int]:
+        """Ids, as they are there: at most ``limit``, and none behind the first of ``ends``. ``temperature`` 0 takes the
+        likeliest token; ``seed`` None draws otherwise each time."""
+        ...
+
+
+class ModelWriter:
+    """A causal language model in eval mode, in this process."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+        # Positions that the model was made for.
+        self.longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        self.ends = frozenset([] if own is None else [own] if isinstance(own, int) else own)
+
+    def tokens(
+        self, prompt: Sequence[int], *, temperature: float, top_p: float, seed: int | None, limit: int, ends: set[int]
+    ) -> Iterator[int]:
+        import torch
+
+        device = next(self._model.parameters()).device
+        generator = torch.Generator(device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        inputs, cache = torch.tensor([list(prompt)], device=device), None
+        for _ in range(limit):
+            with torch.inference_mode():
+                out = self._model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            token = choose(out.logits[0, -1].float(), temperature, top_p, generator)
+            yield token
+            if token in ends:
+                return
+            inputs = torch.tensor([[token]], device=device)
+
+
 class Reply:
     """Pieces of an answer as they are decoded; together they are the answer without its special tokens.
 
     Every sampling field is given here; none comes from the model's generation configuration.
 
     Arguments:
-        model: a causal language model in eval mode.
+        writer: of the tokens.
         renderer: renders the prompt as in training, and names the tokens that end a turn.
         messages: the dialogue so far, a user's turn last.
         temperature: 0 takes the likeliest token.
@@ -46,7 +96,7 @@ class Reply:
 
     def __init__(
         self,
-        model: nn.Module,
+        writer: Writer,
         renderer: Renderer,
         messages: Sequence[Message],
         *,
@@ -58,25 +108,27 @@ class Reply:
         stops: Sequence[str] = (),
     ) -> None:
         check_sampling(temperature, top_p, max_new_tokens)
-        self._model, self._renderer, self._stops = model, renderer, tuple(stops)
-        self._temperature, self._top_p, self._seed = temperature, top_p, seed
+        self._writer, self._renderer, self._stops = writer, renderer, tuple(stops)
+        self._sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
         self.prompt = renderer.prompt(messages, tools)
         self.ids: list[int] = []
         self.end: int | None = None
         self.finish: Literal["stop", "text", "length"] | None = None
-        room = _context(model) - len(self.prompt)
+        room = writer.longest - len(self.prompt)
         if room < 1:
             raise ValueError(
-                f"the dialogue has {len(self.prompt)} tokens and the model reads {_context(model)}: start a new one"
+                f"the dialogue has {len(self.prompt)} tokens and the model reads {writer.longest}: start a new one"
             )
         self._limit = min(max_new_tokens, room)
 
     def __iter__(self) -> Iterator[str]:
-        import torch
-
-        shown = ""
-        with torch.inference_mode():
-            for token in self._tokens():
+        shown, ends = "", {*self._renderer.terminators, *self._writer.ends}
+        written = self._writer.tokens(self.prompt, **self._sampling, limit=self._limit, ends=ends)
+        with contextlib.closing(written):  # pyright: ignore[reportArgumentType]  a generator
+            for token in written:
+                if token in ends:
+                    self.end, self.finish = token, "stop"
+                    break
                 self.ids.append(token)
                 text = self._text()
                 # A character of several tokens decodes to the replacement mark until its last one is there.
@@ -86,29 +138,11 @@ class Reply:
                 if any(stop in text[-len(stop) - LOOK_BACK :] for stop in self._stops):
                     self.finish = "text"
                     break
+            else:
+                self.finish = "length"
         text = self._text()
         if len(text) > len(shown):
             yield text[len(shown) :]
-
-    def _tokens(self) -> Iterator[int]:
-        """Ids until one that ends the turn."""
-        import torch
-
-        model: Any = self._model
-        device = next(model.parameters()).device
-        generator = torch.Generator(device)
-        generator.manual_seed(self._seed) if self._seed is not None else generator.seed()
-        inputs, cache, ends = torch.tensor([self.prompt], device=device), None, _ends(model, self._renderer)
-        for _ in range(self._limit):
-            out = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
-            token = choose(out.logits[0, -1].float(), self._temperature, self._top_p, generator)
-            if token in ends:
-                self.end, self.finish = token, "stop"
-                return
-            yield token
-            inputs = inputs.new_tensor([[token]])
-        self.finish = "length"
 
     def _text(self) -> str:
         return str(self._renderer.tokenizer.decode(self.ids, skip_special_tokens=True))
@@ -122,17 +156,6 @@ def check_sampling(temperature: float, top_p: float, max_new_tokens: int) -> Non
         raise ValueError(f"--top-p must be above 0 and at most 1, got {top_p}")
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be 1 or more, got {max_new_tokens}")
-
-
-def _context(model: Any) -> int:
-    """Positions that the model was made for."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-
-
-def _ends(model: Any, renderer: Renderer) -> set[int]:
-    """Tokens that end an answer: the template's, and those that the model itself stops at."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return {*renderer.terminators, *([] if own is None else [own] if isinstance(own, int) else own)}
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: object) -> int:

@@ -6,11 +6,17 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ptl.apps.reply import check_sampling
+from ptl.apps.reply import ModelWriter, Writer, check_sampling
 from ptl.tools.load import load_tools
 from ptl.tools.loop import ROUNDS
 from ptl.tools.toolbox import Toolbox
+
+if TYPE_CHECKING:
+    from ptl.models.names import Found
 
 NEEDED = "the server needs starlette and uvicorn: pip install 'ptl[rank]'"
 
@@ -29,6 +35,12 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--temperature", type=float, default=0.7, help="where a client says none (default %(default)s)")
     top.add_argument("--top-p", type=float, default=0.95, help="where a client says none (default %(default)s)")
     top.add_argument("--max-new-tokens", type=int, default=512, help="where a client says none (default %(default)s)")
+    top.add_argument(
+        "--engine",
+        choices=("auto", "vllm", "transformers"),
+        default="auto",
+        help="auto: vllm where it is installed and the model is a plain folder, else transformers",
+    )
     top.add_argument("--dtype", choices=("auto", "bf16", "fp32", "fp16"), default="auto")
     top.epilog = (
         "One request is answered at a time: this is for a look, and for clients in development. For many at once serve "
@@ -64,7 +76,7 @@ def serve(args: argparse.Namespace) -> int:
         if (missing.name or "").partition(".")[0] == "ptl":
             raise
         raise ValueError(f"{NEEDED} ({missing.name} is missing)") from None
-    from ptl.apps.runs import load_model, quiet_libraries
+    from ptl.apps.runs import quiet_libraries
     from ptl.apps.serving.desk import Desk
     from ptl.data.render import Renderer
     from ptl.data.tokenizer import load_tokenizer
@@ -75,10 +87,10 @@ def serve(args: argparse.Namespace) -> int:
     box = Toolbox(load_tools(args.tools), seconds=args.tool_seconds)
     listener = listen(args.host, args.port)
     try:
-        model = load_model(found, dtype=args.dtype, device="auto")
+        writer = _writer(found, args)
         renderer = Renderer(load_tokenizer(found.name, template=args.template))
         sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
-        desk = Desk(model, renderer, box, sampling, args.tool_rounds)
+        desk = Desk(writer, renderer, box, sampling, args.tool_rounds)
         door, url = entrance(args.host, listener, "serve")
         with contextlib.suppress(KeyboardInterrupt):
             base, _, query = url.partition("?")
@@ -89,3 +101,19 @@ def serve(args: argparse.Namespace) -> int:
         listener.close()
         box.close()
     return 0
+
+
+def _writer(found: Found, args: argparse.Namespace) -> Writer:
+    plain = found.adapter is None and Path(found.name).is_dir()
+    if args.engine == "vllm" and not plain:
+        raise ValueError(
+            f"--engine vllm serves a plain folder, and {args.model} is none: write one with ptl export {args.model} "
+            "--out FOLDER, or leave --engine out"
+        )
+    if args.engine == "vllm" or (args.engine == "auto" and plain and find_spec("vllm")):
+        from ptl.rollout.vllm import VLLMWriter
+
+        return VLLMWriter(Path(found.name), dtype=None if args.dtype == "auto" else args.dtype)
+    from ptl.apps.runs import load_model
+
+    return ModelWriter(load_model(found, dtype=args.dtype, device="auto"))

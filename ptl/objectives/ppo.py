@@ -82,7 +82,7 @@ class PPO(Objective):
             otherwise grow without bound.
         warm_up: first optimizer steps that train the critic alone.
         ptx: a supervised loss beside it.
-        importance, error_limit, evaluation, self_check: as in ``GRPO``.
+        importance, tools, error_limit, evaluation, self_check: as in ``GRPO``.
         reference: the frozen model that ``kl`` or ``loss.kl`` holds the policy to; None is the policy before training.
             Nothing is loaded without the two.
         optimizer: of policy and critic; a tenth of fine-tuning's learning rate, or less, is usual.

@@ -287,6 +287,68 @@ class _Beside:
             raise RuntimeError("vLLM keeps answers of old weights: its cache was not reset")
 
 
+class VLLMWriter:
+    """vLLM on the folder of a whole model, for one dialogue at a time: a ``ptl.apps.reply.Writer``.
+
+    Arguments:
+        folder: a plain Hugging Face folder.
+        dtype: ``bf16``, ``fp16`` or ``fp32``; None takes the folder's own.
+
+    Raises:
+        ValueError: vLLM is not installed, or does not start.
+    """
+
+    def __init__(self, folder: Path, *, dtype: str | None = None) -> None:
+        try:
+            from vllm import LLM  # pyright: ignore
+        except ImportError as error:
+            raise ValueError(f"--engine vllm needs vllm, which cannot be imported ({error}): {INSTALL}") from error
+        from transformers import GenerationConfig
+
+        try:
+            own = GenerationConfig.from_pretrained(folder).eos_token_id
+        except OSError:  # a folder without one
+            own = None
+        self.ends = frozenset([] if own is None else [own] if isinstance(own, int) else own)
+        try:
+            self._llm: Any = LLM(
+                str(folder),
+                skip_tokenizer_init=True,
+                generation_config="vllm",
+                dtype="auto" if dtype is None else str(DTYPES[dtype]).removeprefix("torch."),
+                enforce_eager=not torch.cuda.is_available(),  # on a CPU compiling takes longer than a look
+            )
+        except Exception as error:
+            raise ValueError(
+                f"vLLM did not start ({error}); what it printed above says why. --engine transformers goes without it"
+            ) from error
+        self.longest = int(self._llm.model_config.max_model_len)
+        self._asked = 0
+
+    def tokens(
+        self, prompt: Sequence[int], *, temperature: float, top_p: float, seed: int | None, limit: int, ends: set[int]
+    ) -> Iterator[int]:
+        from vllm import SamplingParams  # pyright: ignore
+
+        engine, name = self._llm.llm_engine, str(self._asked)
+        self._asked += 1
+        how = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": limit, "detokenize": False}
+        engine.add_request(name, {"prompt_token_ids": list(prompt)}, SamplingParams(**how, stop_token_ids=sorted(ends)))
+        given = 0
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    ids = list(output.outputs[0].token_ids)
+                    yield from ids[given:]
+                    given = len(ids)
+        finally:
+            engine.abort_request([name])  # the client has left, or a stop text has come
+
+    def close(self) -> None:
+        """Ends vLLM's processes."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+
 def _sampled(answer: Any) -> Sampled:
     ids = list(answer.token_ids)
     return Sampled(ids, [step[token].logprob for token, step in zip(ids, answer.logprobs, strict=True)])

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from ptl.apps.guard import Door, listen
+from ptl.apps.reply import ModelWriter
 from ptl.apps.serving.app import build_app
 from ptl.apps.serving.desk import Desk
 from ptl.data.render import Renderer
@@ -88,4 +89,4 @@ def serving(desk, door=None):
 def desk_of(form="tags", tools=("calculator",), model=None, **sampling):
     model, renderer = model or taught(form)
     box = Toolbox(load_tools(list(tools)))
-    return Desk(model, renderer, box, {"temperature": 0.0, "max_new_tokens": 120, **sampling})
+    return Desk(ModelWriter(model), renderer, box, {"temperature": 0.0, "max_new_tokens": 120, **sampling})

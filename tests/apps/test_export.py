@@ -9,12 +9,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ptl.apps import export
+from ptl.apps.reply import ModelWriter, Reply
 from ptl.apps.runs import load_model
+from ptl.data.render import Renderer
+from ptl.data.tokenizer import load_tokenizer
 from ptl.models.export import export as write
 from ptl.models.export import largest_logit_change
 from ptl.models.names import Found, resolve_model
 from ptl.models.quantize import is_quantized
 from ptl.models.spec import LoRA, ModelSpec
+from ptl.types import Message
 from tests import tiny
 
 DOCUMENTS = [[5, 9, 20, 33, 41, 7]]
@@ -130,3 +134,38 @@ def test_what_a_format_costs_is_told_and_kept(how, qlora, tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "format_report.json").read_text())
     assert found["tokens"] > 10 and 0 < found["kl"] < 0.5 and found["greedy_agreement"] > 0.5
     assert found["bytes_after"] < found["bytes_before"] and "KL" in capsys.readouterr().out
+
+
+def test_questions_are_answered_by_both_models(qlora, tmp_path, capsys):
+    """The original's own answer counts as right, so that it is right before, and the same after a change of nothing."""
+    source = str(qlora / "run" / "export")
+    questions = ["What is 2+2?", "Où est Shanghai ?"]
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": questions[0], "answers": ["no such words"]}))
+    words = ["--questions", str(tmp_path / "q.jsonl")]
+    assert export.main([source, "--out", str(tmp_path / "one"), *words]) == 0
+    found = json.loads((tmp_path / "one" / "format_report.json").read_text())
+    assert found["questions"] == 1 and found["accuracy_before"] == found["accuracy_after"] == 0.0
+    model, renderer = load_model(resolve_model(source)), Renderer(load_tokenizer(source))
+    said = [
+        "".join(
+            Reply(
+                ModelWriter(model), renderer, [Message(role="user", content=text)], temperature=0.0, max_new_tokens=64
+            )
+        )
+        for text in questions
+    ]
+    rows = [{"question": text, "answers": [answer or "?"]} for text, answer in zip(questions, said)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert export.main([source, "--out", str(tmp_path / "two"), *words]) == 0
+    found = json.loads((tmp_path / "two" / "format_report.json").read_text())
+    assert found["accuracy_before"] == sum(map(bool, said)) / 2 and found["same_verdict"] == 1.0
+    assert "of 2 questions" in capsys.readouterr().out
+
+
+def test_questions_without_answers_are_refused(model_folder, tmp_path, capsys):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "What is 2+2?"}))
+    assert (
+        export.main([str(model_folder), "--out", str(tmp_path / "out"), "--questions", str(tmp_path / "q.jsonl")]) == 2
+    )
+    said = capsys.readouterr().err
+    assert "has no question with accepted answers" in said and "q.jsonl:1" in said and not (tmp_path / "out").exists()

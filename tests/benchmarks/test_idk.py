@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.idk import GOALS, countries, result_of
-from benchmarks.stages import nq_open, wheel
+from ptl.apps.story.data import nq_open, wheel
 from ptl.synth.idk_report import measure
 
 COUNTRIES: dict[str, dict[str, Any]] = {

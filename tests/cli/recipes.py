@@ -16,8 +16,9 @@ def run(folder: str, recipes: list[str]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for recipe in recipes:
         name = Path(recipe).stem
-        ranked, sampled = name.startswith(("reward", "dpo")), name.startswith(("grpo", "ppo", "r1"))
-        file = "text" if name in ("cpt", "pretrain") else "rankings" if ranked else "prompts" if sampled else "rows"
+        kind = name.removeprefix("story_")
+        ranked, sampled = kind.startswith(("reward", "dpo")), kind.startswith(("grpo", "ppo", "r1"))
+        file = "text" if kind in ("cpt", "pretrain") else "rankings" if ranked else "prompts" if sampled else "rows"
         rows = f"{{path: {folder}/{file}.jsonl}}"
         arguments = [
             "fit", "-c", recipe, "--run.dir", f"{folder}/runs/{name}",
@@ -32,17 +33,18 @@ def run(folder: str, recipes: list[str]) -> dict[str, Any]:
             arguments += ["--model.rollout.max_new_tokens", "8", "--model.rollout.minibatches", "1"]
             arguments += ["--model.self_check.min_finished", "0", "--data.micro_batch_size", "4"]
             arguments += ["--trainer.val_check_interval", "null"]
-        if name == "pretrain":
+        if kind == "pretrain":
+            arguments += ["--trainer.val_check_interval", "null", "--trainer.check_val_every_n_epoch", "1"]
             arguments += ["--model.policy.name", f"{folder}/tokenizer", "--data.micro_batch_size", "1"]
-        if name in ("tools", "tutorial"):  # the tiny model has not been given the tags
+        if kind in ("sft", "idk", "tools", "tutorial") and name != "idk":  # the tiny model has not been given the tags
             arguments += ["--model.policy.adapter.train_tokens", "['<|im_end|>']"]
         if name == "r1_zero":  # its template has a long preface
             arguments += ["--data.max_length", "512"]
-        if name.startswith("distill_demo"):
+        if name.startswith("distill_demo") or kind == "student":
             arguments += ["--model.policy.shrink.layers", "1"]
-        if name in ("distill_demo", "distill_zero3"):
+        if name in ("distill_demo", "distill_zero3") or kind == "student":
             arguments += ["--model.teacher.model.name", f"{folder}/model"]
-        if name == "distill_demo":
+        if name == "distill_demo" or kind == "student":
             report = {"general": [{"path": f"{folder}/rows.jsonl"}], "max_rows": 4, "speed_tokens": 4}
             callback = {"class_path": "ptl.callbacks.distill_report.DistillReport", "init_args": report}
             arguments += ["--trainer.callbacks", json.dumps([callback])]

@@ -25,7 +25,6 @@ LISTED = {signatures.found(path): path for page in signatures.PAGES.values() for
 SILENT = {
     ("Checkpoint", "enable_version_counter"),  # Lightning's
     ("Checkpoint", "auto_insert_metric_name"),  # Lightning's
-    ("PPO", "tools"),  # as in GRPO
 }
 
 

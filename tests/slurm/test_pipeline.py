@@ -66,6 +66,27 @@ def test_three_stages_take_each_others_exports(cluster, rows, tmp_path):
     assert names == ["study-sft", "study-reward", "study-distilled"]
 
 
+def test_a_stage_may_be_another_command_whose_tasks_share_the_work(cluster, rows, tmp_path):
+    study, out = tmp_path / "study", tmp_path / "answers.jsonl"
+    sft = "--model ptl.objectives.sft.SFT "
+    said = script(
+        cluster, "slurm/pipeline.sh", "--sbatch", f"--output={cluster.folder}/job-%j.out", str(study),
+        "sft=" + sft + words(rows, "rows.jsonl", policy=True),
+        f"asked@2=ptl synth candidates {rows}/rows.jsonl --model {{sft}} --out {out} --k 2 --max-new-tokens 4 "
+        "--keep-unfinished",
+        "again=" + sft + words(rows, "rows.jsonl"),
+    )  # fmt: skip
+    jobs = [int(number) for number in re.findall(r"job (\d+)", said)]
+    assert [cluster.wait(job, seconds=600) for job in jobs] == ["COMPLETED"] * 3, [cluster.output(j) for j in jobs]
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert answers and all(row["completions"] for row in answers)
+    shares = sorted(out.parent.glob("answers.jsonl.part-*"))
+    assert len(shares) == 2 and all(share.stat().st_size for share in shares)
+    assert sorted(log.name for log in (study / "asked/slurm/latest/").glob("rank*.log")) == ["rank0.log", "rank1.log"]
+    assert not (study / "asked/config.yaml").exists()
+    assert f"name: {study}/sft/export" in (study / "again/config.yaml").read_text()  # the last that has a model
+
+
 def test_a_failing_stage_cancels_what_depends_on_it(cluster, rows, tmp_path):
     said = script(
         cluster, "slurm/pipeline.sh", "--sbatch", f"--output={cluster.folder}/job-%j.out", str(tmp_path / "study"),

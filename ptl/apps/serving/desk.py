@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ptl.apps.reply import Reply
+from ptl.apps.reply import Reply, Writer
 from ptl.tools.base import Call, Result, Tool
 from ptl.tools.calls import calls_in, form_of, stop_texts
 from ptl.tools.loop import ROUNDS, Piece, Stopped, answer
@@ -15,8 +15,6 @@ from ptl.tools.toolbox import Toolbox
 from ptl.types import Message
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ptl.data.render import Renderer
 
 
@@ -58,8 +56,8 @@ class Desk:
     """Answers requests, one after the other.
 
     Arguments:
-        model: in eval mode.
-        renderer: of its template.
+        writer: of the tokens.
+        renderer: of the model's template.
         box: tools that the server runs itself; a client that offers tools of its own runs those.
         sampling: for what a client leaves open.
         rounds: turns that may call tools for one answer.
@@ -67,13 +65,13 @@ class Desk:
 
     def __init__(
         self,
-        model: nn.Module,
+        writer: Writer,
         renderer: Renderer,
         box: Toolbox,
         sampling: Mapping[str, Any],
         rounds: int = ROUNDS,
     ) -> None:
-        self.model, self.renderer, self.box, self.sampling, self.rounds = model, renderer, box, dict(sampling), rounds
+        self.writer, self.renderer, self.box, self.sampling, self.rounds = writer, renderer, box, dict(sampling), rounds
         self._listed = box.schemas if box.tools and form_of(renderer, box.tools) == "calls" else []
         self._marks = set(renderer.tokenizer.get_added_vocab().values()) | set(renderer.tokenizer.all_special_ids)
         self._lock = threading.Lock()
@@ -139,7 +137,7 @@ class Desk:
         stops: Sequence[str],
         sampling: Mapping[str, Any],
     ) -> Iterator[str]:
-        reply = Reply(self.model, self.renderer, messages, tools=tools, stops=stops, **{**self.sampling, **sampling})
+        reply = Reply(self.writer, self.renderer, messages, tools=tools, stops=stops, **{**self.sampling, **sampling})
         exchange.read += len(reply.prompt)
         yield from reply
         exchange.written += len(reply.ids) + (reply.end is not None)
