@@ -110,7 +110,9 @@ class Throughput(L.Callback):
     ) -> None:
         if self._timer is None:
             return
-        self._counts += count_tokens(batch, self._shape.window if self._shape else 0, self._counts.device)
+        # Ranks that share a batch are all given the whole of it: the first of them counts.
+        if trainer.global_rank % getattr(pl_module, "sequence_parallel", 1) == 0:
+            self._counts += count_tokens(batch, self._shape.window if self._shape else 0, self._counts.device)
         if trainer.global_step != self._global_step:
             self._global_step = trainer.global_step
             self._timer.step_done()

@@ -49,7 +49,8 @@ class ChatDataModule(L.LightningDataModule):
 
     A *unit* is a row, or with ``pack_to`` a pack of rows. Each optimizer step takes the next ``world_size *
     accumulate_grad_batches * micro_batch_size`` units of a seeded order and deals them to ranks and micro-batches,
-    balanced by tokens; its last, partial step in an epoch is filled with copies that carry no weight. The position in
+    balanced by tokens; its last, partial step in an epoch is filled with copies that carry no weight. Ranks that share
+    their micro-batches (``model.sequence_parallel``) count as one and read the same. The position in
     the data is in every checkpoint, and a resume goes on there on any number of ranks, with any accumulation.
 
     Arguments:
@@ -139,6 +140,10 @@ class ChatDataModule(L.LightningDataModule):
         """Tells the module what the objective eats, and the tokenizer to use where the user named none."""
         self.view = view
         self.tokenizer = self.tokenizer or tokenizer
+        if view.ranks > 1 and self.layout == "padded":
+            raise ValueError(
+                f"model.sequence_parallel {view.ranks} shares packed rows: set data.layout to packed, got padded"
+            )
         if view.samples and self.pack_to is not None:
             raise ValueError("data.pack_to is set, and answers to prompts are sampled one by one: remove data.pack_to")
 
@@ -249,7 +254,7 @@ class ChatDataModule(L.LightningDataModule):
             units=self._parts["train"].units.entries,
             seed=self.seed,
             epoch=position.epoch,
-            world_size=self.trainer.world_size if self.trainer else 1,
+            world_size=self._shares,
             accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
             micro_batch_size=self.micro_batch_size,
             start=position.units,
@@ -268,8 +273,14 @@ class ChatDataModule(L.LightningDataModule):
         return plan
 
     @property
+    def _shares(self) -> int:
+        """Micro-batches at a time: one a rank, or one for the ranks that share it."""
+        return max(1, (self.trainer.world_size if self.trainer else 1) // self.view.ranks)
+
+    @property
     def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
+        """Which of them is this rank's."""
+        return (self.trainer.global_rank if self.trainer else 0) // self.view.ranks
 
     @property
     def _epoch_batches(self) -> int:
@@ -336,9 +347,8 @@ class ChatDataModule(L.LightningDataModule):
         units = self._parts["val"].units
 
         def plan() -> Plan:
-            world_size = self.trainer.world_size if self.trainer else 1
             return Plan(
-                units=units.entries, world_size=world_size, micro_batch_size=self.micro_batch_size, shuffle=False
+                units=units.entries, world_size=self._shares, micro_batch_size=self.micro_batch_size, shuffle=False
             )
 
         loader = Loader(

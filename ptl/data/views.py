@@ -30,12 +30,14 @@ class View(ABC):
         features: the columns of an example. ``length`` int32, ``weight`` float32 (sum of the loss weights),
             ``truncated`` and ``lost_end`` bool are in every view.
         samples: whether the objective samples answers to the rows, which then are prompts and come as ``PromptBatch``.
+        ranks: ranks that share each micro-batch, every one a part of its tokens; each of them is given the whole.
         windows, passes: steps that one rollout's answers are for, and how often they are trained on (``order.Plan``).
     """
 
     record: ClassVar[type[Record]]
     features: ClassVar[Features]
     samples: bool = False
+    ranks: int = 1
     windows: int = 1
     passes: int = 1
 
@@ -74,6 +76,9 @@ class ChatView(View):
     """Conversations, or plain text, as documents of tokens with a loss mask; batches are ``TokenBatch``.
 
     The loss mask is stored as runs of equal weight: ``spans`` holds start and end of each, ``span_weights`` its weight.
+
+    Arguments:
+        ranks: as in ``View``.
     """
 
     record = Conversation
@@ -88,6 +93,9 @@ class ChatView(View):
             "lost_end": Value("bool"),
         }
     )
+
+    def __init__(self, ranks: int = 1) -> None:
+        self.ranks = ranks
 
     def encode(
         self, records: Sequence[Conversation], renderer: Renderer, max_length: int, truncation: Truncation

@@ -10,7 +10,7 @@ the same model is ordinary scaled dot-product attention: padded batches, and gen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ptl.models.sequence_parallel import SequenceGroup, all_tokens, own_tokens
+
 NAME = "ptl_packed"
 """The value of ``attn_implementation``."""
 
 
-def packed_inputs(implementation: str | None, cu_seqlens: Tensor, parents: Tensor | None = None) -> dict[str, Any]:
+def packed_inputs(
+    implementation: str | None,
+    cu_seqlens: Tensor,
+    parents: Tensor | None = None,
+    sequence: SequenceGroup | None = None,
+) -> dict[str, Any]:
     """Keyword arguments that make a backbone keep the documents of one packed row apart.
 
     Besides them it needs ``position_ids`` that restart at each document and ``use_cache=False``.
@@ -36,10 +43,16 @@ def packed_inputs(implementation: str | None, cu_seqlens: Tensor, parents: Tenso
             the layers.
         parents: int64 [documents], of each document the one that it goes on from, whose tokens it sees before its own,
             or -1; None where none does. A document that others go on from goes on from none.
+        sequence: the ranks that share the row; ``cu_seqlens`` bounds the documents of the whole.
 
     Raises:
-        ValueError: the implementation cannot keep documents apart, or not let them share a beginning.
+        ValueError: the implementation cannot keep documents apart, not let them share a beginning, or not share a row.
     """
+    if sequence is not None and implementation != NAME:
+        raise ValueError(
+            f"attention {implementation!r} cannot share a row among ranks: set policy.attention to packed, or "
+            "model.sequence_parallel to 1"
+        )
     if parents is not None and implementation != NAME:
         raise ValueError(
             f"attention {implementation!r} cannot let documents share their beginning: set policy.attention to packed, "
@@ -60,7 +73,9 @@ def packed_inputs(implementation: str | None, cu_seqlens: Tensor, parents: Tenso
         # A mask of four dimensions is handed to the layers as it is, so that no [T, T] mask is made. It has no
         # elements: whatever would use it fails for its shape instead of mixing documents.
         nothing = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=cu_seqlens.device)
-        shared = {} if parents is None else {"document_parents": tuple(parents.tolist())}
+        shared: dict[str, Any] = {} if parents is None else {"document_parents": tuple(parents.tolist())}
+        if sequence is not None:
+            shared["sequence"] = sequence
         return {**bounds, "document_lengths": lengths, "attention_mask": nothing, **shared}
     if implementation is not None and implementation.startswith("flash_attention"):
         return {**bounds, "attention_mask": None}
@@ -88,6 +103,7 @@ def packed_attention(
     document_parents: Sequence[int] | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    sequence: SequenceGroup | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, as transformers calls it.
@@ -110,6 +126,7 @@ def packed_attention(
         document_parents: as ``parents`` of ``packed_inputs``.
         cu_seq_lens_q: int32 [documents + 1], the same as bounds; its presence is what says that documents are packed.
         max_length_q: the longest of them.
+        sequence: the ranks that share the row, whose T is then this rank's part of the sum of the lengths.
 
     Returns:
         [B, T, Hq, Dv], and None in place of the weights.
@@ -144,32 +161,59 @@ def packed_attention(
             f"packed documents need one row, no cache, no position bias and causal attention; got queries of shape "
             f"{tuple(query.shape)}, keys of shape {tuple(key.shape)}, causal={causal}: set data.layout to padded"
         )
-    plain = softcap is None and s_aux is None
-    in_one_call = plain and document_parents is None and _has_kernel(query, key, value, dropout)
-    if in_one_call and cu_seq_lens_q is not None and max_length_q is not None:
-        return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window), None
-    if document_lengths is None and cu_seq_lens_q is not None:
-        document_lengths = cu_seq_lens_q.diff().tolist()
+    if sequence is not None:
+        query, key, value = all_tokens(query, key, value, sequence)
+        s_aux = None if s_aux is None else sequence.own(s_aux, 0)
+    plain = softcap is None and s_aux is None and document_parents is None
+    if plain and cu_seq_lens_q is not None and max_length_q is not None and _has_kernel(query, key, value, dropout):
+        out = _kernel(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window)
+    else:
+        if document_lengths is None and cu_seq_lens_q is not None:
+            document_lengths = cu_seq_lens_q.diff().tolist()
+        documents = Documents(document_lengths or (), document_parents)
+        out = _one_by_one(query, key, value, documents, scale, dropout, sliding_window, softcap, s_aux)
+    return (out if sequence is None else own_tokens(out, sequence)), None
+
+
+class Documents(NamedTuple):
+    """Lengths of packed documents, and of each the one that it goes on from or -1; None where none does."""
+
+    lengths: Sequence[int]
+    parents: Sequence[int] | None
+
+
+def _one_by_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    scale: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """[1, T, Hq, Dv]: each document in a call of its own."""
     # split, not slices: the gradient of a slice is a whole row of zeros around it.
-    queries, keys, values = (t.split(list(document_lengths or ()), dim=2) for t in (query, key, value))
-    out = []
+    queries, keys, values = (t.split(list(documents.lengths), dim=2) for t in (query, key, value))
+    plain, out = softcap is None and sinks is None, []
     for number, (q, k, v) in enumerate(zip(queries, keys, values)):
-        parent = -1 if document_parents is None else document_parents[number]
+        parent = -1 if documents.parents is None else documents.parents[number]
         if parent >= 0:
             k, v = torch.cat([keys[parent], k], 2), torch.cat([values[parent], v], 2)
         seen = k.shape[2]
-        beyond = sliding_window is not None and seen > sliding_window
+        beyond = window is not None and seen > window
         if plain:
             masked = beyond or parent >= 0
-            mask = _window_mask(q.shape[2], sliding_window if beyond else None, q.device, seen) if masked else None
+            mask = _window_mask(q.shape[2], window if beyond else None, q.device, seen) if masked else None
             attended = scaled_dot_product_attention(
                 q, k, v, mask, dropout, mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
         else:
-            mask = _window_mask(q.shape[2], sliding_window if beyond else None, q.device, seen)
-            attended = _explicit(q, k, v, mask, scale, dropout, softcap, s_aux)
+            mask = _window_mask(q.shape[2], window if beyond else None, q.device, seen)
+            attended = _explicit(q, k, v, mask, scale, dropout, softcap, sinks)
         out.append(attended.transpose(1, 2))
-    return torch.cat(out, 1), None
+    return torch.cat(out, 1)
 
 
 def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:

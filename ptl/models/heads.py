@@ -20,6 +20,7 @@ from ptl.functional.fused_divergence import Side
 from ptl.functional.neftune import neftune_noise
 from ptl.models.attention import NAME as PACKED
 from ptl.models.attention import packed_inputs
+from ptl.models.sequence_parallel import SequenceGroup, filled_row
 from ptl.types import TokenBatch
 
 LAYERS_THAT_PACK = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -49,10 +50,11 @@ class Head(NamedTuple):
 
 
 class TokenLoss(NamedTuple):
-    """The fused loss, and the document of each of its N tokens, int64 [N]."""
+    """The fused loss, and of each of its N tokens the document, int64 [N], and the weight, float32 [N]."""
 
     fused: FusedLoss
     documents: Tensor
+    weights: Tensor
 
 
 # ---- hidden states ----
@@ -65,7 +67,12 @@ def causal_lm(model: nn.Module) -> Any:
 
 
 def hidden_states(
-    model: nn.Module, batch: TokenBatch, *, parents: Tensor | None = None, neftune_alpha: float | None = None
+    model: nn.Module,
+    batch: TokenBatch,
+    *,
+    parents: Tensor | None = None,
+    neftune_alpha: float | None = None,
+    sequence: SequenceGroup | None = None,
 ) -> Tensor:
     """Last hidden states [B, T, H] of the backbone, after its final norm.
 
@@ -76,21 +83,31 @@ def hidden_states(
         batch: packed or padded.
         parents: of packed documents, the one that each goes on from; see ``attention.packed_inputs``.
         neftune_alpha: noise on the embeddings while the model is in training mode; None or 0 for none.
+        sequence: the ranks that share the row, whose number divides T; [1, T / N, H] are this rank's states then.
 
     Raises:
-        ValueError: a packed batch for a model, or an attention, that cannot keep documents apart.
+        ValueError: a packed batch for a model, or an attention, that cannot keep documents apart; a padded one that
+            is to be shared.
     """
     lm = causal_lm(model)
     backbone = lm.get_decoder()
     inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
     if batch.cu_seqlens is not None:
         _check_packs(lm, backbone)
-        packed = packed_inputs(lm.config._attn_implementation, batch.cu_seqlens, parents)
+        packed = packed_inputs(lm.config._attn_implementation, batch.cu_seqlens, parents, sequence)
         inputs = {"position_ids": batch.position_ids, **packed}
+    elif sequence is not None:
+        raise ValueError("a padded batch cannot be shared among ranks: set data.layout to packed")
+    inputs["input_ids"] = batch.input_ids
     alpha = neftune_alpha if neftune_alpha and model.training else 0.0
-    with _noisy(lm.get_input_embeddings(), batch, alpha):
+    lengths = document_lengths(batch) if alpha else batch.position_ids
+    if sequence is not None:
+        for name in ("input_ids", "position_ids"):
+            inputs[name] = sequence.own(inputs[name], 1)
+        lengths = sequence.own(lengths, 1)
+    with _noisy(lm.get_input_embeddings(), lengths, alpha):
         # A cache makes transformers forget that documents are packed, and its default is the configuration's.
-        return backbone(input_ids=batch.input_ids, use_cache=False, **inputs)[0]
+        return backbone(use_cache=False, **inputs)[0]
 
 
 @contextmanager
@@ -143,12 +160,11 @@ def _check_packs(lm: Any, backbone: nn.Module) -> None:
 
 
 @contextmanager
-def _noisy(embedding: nn.Module, batch: TokenBatch, alpha: float) -> Iterator[None]:
+def _noisy(embedding: nn.Module, lengths: Tensor, alpha: float) -> Iterator[None]:
     """NEFTune inside; a hook rather than ``inputs_embeds``, since some models also need the ids."""
     if not alpha:
         yield
         return
-    lengths = document_lengths(batch)
 
     def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output + neftune_noise(output, lengths, alpha)
@@ -310,6 +326,7 @@ def lm_loss(
     neftune_alpha: float | None = None,
     metrics: bool = False,
     head_loss: HeadLoss | None = None,
+    sequence: SequenceGroup | None = None,
 ) -> TokenLoss:
     """Next-token loss over the trained tokens of a batch; a sum, never a mean.
 
@@ -324,9 +341,19 @@ def lm_loss(
         neftune_alpha: as in ``hidden_states``.
         metrics: also the entropy.
         head_loss: the module that runs the loss, where its parameters must be gathered around it; None makes one here.
+        sequence: the ranks that share a packed row, all of which call this with the same batch: the loss is then of the
+            tokens that this rank's slice predicts, and the ranks' losses add up to the row's.
     """
+    batch = batch if sequence is None else filled_row(batch, sequence.size)
     positions, targets, weights = shifted_targets(batch)
-    hidden = hidden_states(model, batch, neftune_alpha=neftune_alpha)
+    documents = batch.document_ids.flatten()[positions]
+    if sequence is not None:
+        # Targets are those of the whole row, so that the first token of a slice is predicted by the last of the former.
+        share = batch.input_ids.shape[1] // sequence.size
+        mine = (positions // share == sequence.rank).nonzero()[:, 0]
+        positions, targets = positions[mine] - share * sequence.rank, targets[mine]
+        weights, documents = weights[mine], documents[mine]
+    hidden = hidden_states(model, batch, neftune_alpha=neftune_alpha, sequence=sequence)
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "metrics": metrics}
     fused = (head_loss or HeadLoss(model))(chosen(hidden, positions), targets, weights, options)
-    return TokenLoss(fused, batch.document_ids.flatten()[positions])
+    return TokenLoss(fused, documents, weights)

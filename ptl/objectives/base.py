@@ -47,12 +47,14 @@ class Objective(L.LightningModule, ABC):
         spec: the ``ModelSpec`` of the policy.
         policy: the module, built in ``configure_model`` so that strategies may shard it while it loads.
         view: which batches the objective eats; the CLI hands it to the data module.
+        sequence_parallel: ranks that share each micro-batch, every one a part of its tokens; 1 where each has its own.
         gradient_norm: of this step, before clipping, where a callback has taken it; forgotten once it is used.
     """
 
     view: View = ChatView()
     metric_names: tuple[str, ...] = ()
     """Names that ``loss`` may return in ``LossOutput.metrics`` beside ``loss``; a subclass declares them."""
+    sequence_parallel: int = 1
     has_perplexity = True
     """Whether ``loss`` is nats a token, whose exponential is a perplexity."""
     policy: nn.Module

@@ -23,6 +23,7 @@ class LoRASFT(SFT):
         label_smoothing: as in ``SFT``.
         z_loss: as in ``SFT``.
         neftune_alpha: as in ``SFT``.
+        sequence_parallel: as in ``SFT``.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class LoRASFT(SFT):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         neftune_alpha: float | None = None,
+        sequence_parallel: int = 1,
     ) -> None:
         super().__init__(
             policy if policy.adapter is not None else replace(policy, adapter=LoRA()),
@@ -42,4 +44,5 @@ class LoRASFT(SFT):
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             neftune_alpha=neftune_alpha,
+            sequence_parallel=sequence_parallel,
         )

@@ -38,6 +38,8 @@ def run(folder: str, recipes: list[str]) -> dict[str, Any]:
             arguments += ["--model.policy.name", f"{folder}/tokenizer", "--data.micro_batch_size", "1"]
         if kind in ("sft", "idk", "tools", "tutorial") and name != "idk":  # the tiny model has not been given the tags
             arguments += ["--model.policy.adapter.train_tokens", "['<|im_end|>']"]
+        if name == "long_context":  # one process shares with nobody
+            arguments += ["--model.sequence_parallel", "1"]
         if name == "r1_zero":  # its template has a long preface
             arguments += ["--data.max_length", "512"]
         if name.startswith("distill_demo") or kind == "student":

@@ -46,7 +46,16 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def build(folder: str, *, lora: bool = False, layout: str = "packed", pack_to: int | None = None, micro: int = 1):
+def build(
+    folder: str,
+    *,
+    lora: bool = False,
+    layout: str = "packed",
+    pack_to: int | None = None,
+    micro: int = 1,
+    shared: int = 1,
+    recompute: bool = False,
+):
     """The objective and its data module, with SGD and no shuffle."""
     from ptl.data.module import ChatDataModule, Preparation
     from ptl.data.sources import Source
@@ -56,9 +65,10 @@ def build(folder: str, *, lora: bool = False, layout: str = "packed", pack_to: i
 
     adapter = LoRA(rank=4, alpha=8, init="gaussian") if lora else None
     objective = SFT(
-        ModelSpec(name=f"{folder}/model", adapter=adapter),
+        ModelSpec(name=f"{folder}/model", adapter=adapter, gradient_checkpointing=recompute),
         optimizer=Optimizer(kind="sgd", lr=LR),
         schedule=Schedule(kind="constant", warmup=0),
+        sequence_parallel=shared,
     )
     data = ChatDataModule(
         [Source(path=f"{folder}/rows.jsonl")],
@@ -70,6 +80,32 @@ def build(folder: str, *, lora: bool = False, layout: str = "packed", pack_to: i
     )
     data.bind(view=objective.view, tokenizer=objective.spec.name)
     return objective, data
+
+
+def obvious(folder: Path) -> np.ndarray:
+    """The obvious loop in fp64: whole logits, one row at a time, sum over the window over its weight, plain SGD."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    _, data = build(str(folder))
+    data.prepare()
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager").double()
+    batches = list(data.train_dataloader())
+    assert len(batches) == 8 * STEPS
+    for step in range(STEPS):
+        window = batches[8 * step : 8 * step + 8]
+        total, weight = 0.0, 0.0
+        for batch in window:
+            logp = model(batch.input_ids).logits[0, :-1].log_softmax(-1)
+            nll = -logp.gather(1, batch.input_ids[0, 1:, None])[:, 0]
+            total = total + (nll * batch.loss_mask[0, 1:]).sum()
+            weight += float(batch.loss_mask[0, 1:].sum())
+        (total / weight).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= LR * parameter.grad
+                parameter.grad = None
+    return flat({k: v.detach() for k, v in model.state_dict(keep_vars=True).items() if v.requires_grad})
 
 
 def trainer_of(folder: str, strategy: str, world_size: int, accumulate: int, **kwargs: Any):

@@ -46,29 +46,7 @@ def start(folder) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def reference(folder) -> np.ndarray:
-    """The obvious loop in fp64: whole logits, one row at a time, sum over the window over its weight, plain SGD."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    _, data = law.build(str(folder))
-    data.prepare()
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager").double()
-    batches = list(data.train_dataloader())
-    assert len(batches) == 8 * law.STEPS
-    for step in range(law.STEPS):
-        window = batches[8 * step : 8 * step + 8]
-        total, weight = 0.0, 0.0
-        for batch in window:
-            logp = model(batch.input_ids).logits[0, :-1].log_softmax(-1)
-            nll = -logp.gather(1, batch.input_ids[0, 1:, None])[:, 0]
-            total = total + (nll * batch.loss_mask[0, 1:]).sum()
-            weight += float(batch.loss_mask[0, 1:].sum())
-        (total / weight).backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter -= law.LR * parameter.grad
-                parameter.grad = None
-    return law.flat({k: v.detach() for k, v in model.state_dict(keep_vars=True).items() if v.requires_grad})
+    return law.obvious(folder)
 
 
 @pytest.fixture(scope="module")
