@@ -217,3 +217,15 @@ def test_mistakes_are_one_line(options, said, model_folder, capsys):
     assert main([str(model_folder) if option == "MODEL" else option for option in options]) == 2
     line = capsys.readouterr().err.strip()
     assert said in line and "\n" not in line
+
+
+def test_vllm_serves_whole_models_alone(tmp_path, capsys):
+    from ptl.models.build import build
+    from ptl.models.export import export
+    from ptl.models.spec import LoRA, ModelSpec
+
+    tokenizer = tiny.make_tokenizer()
+    spec = ModelSpec(name=str(tiny.save_folder(tmp_path / "base", tokenizer)), adapter=LoRA(rank=2))
+    export(build(spec), tokenizer, tmp_path / "adapter", merged=False, spec=spec)
+    assert main([str(tmp_path / "adapter"), "--port", "0", "--engine", "vllm"]) == 2
+    assert f"ptl export {tmp_path / 'adapter'} --out FOLDER" in capsys.readouterr().err

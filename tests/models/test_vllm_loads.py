@@ -18,7 +18,7 @@ from ptl.data.tokenizer import load_tokenizer
 from ptl.models.export import export
 from ptl.models.names import resolve_model
 from ptl.models.spec import LoRA, ModelSpec
-from ptl.rollout.vllm import INSTALL
+from ptl.rollout.vllm import INSTALL, VLLMWriter
 from ptl.tools.toolbox import Toolbox
 from ptl.types import Conversation, Message, Origin
 from tests import tiny
@@ -150,3 +150,31 @@ def test_an_export_in_half_the_bytes_is_the_same_in_vllm(dtype, grown, tmp_path)
 
     assert cli.main(["export", str(grown / "True"), "--out", str(tmp_path / dtype), "--dtype", dtype]) == 0
     check(tmp_path / dtype)
+
+
+def test_the_server_may_write_with_vllm(grown):
+    """The same answer, piece by piece, as from transformers; a stop text and a client that leaves end the request."""
+    folder = grown / "True"
+    renderer = Renderer(load_tokenizer(str(folder)))
+    own = ModelWriter(load_model(resolve_model(str(folder)), device=torch.device("cpu")).eval())
+    writer = VLLMWriter(folder, dtype="fp32")
+    try:
+        assert writer.longest == own.longest and writer.ends == own.ends
+        how = {"temperature": 0.0, "max_new_tokens": 12}
+        mine, theirs = Reply(own, renderer, DIALOGUE, **how), Reply(writer, renderer, DIALOGUE, **how)
+        said, pieces = "".join(mine), list(theirs)
+        assert (theirs.ids, theirs.end, theirs.finish) == (mine.ids, mine.end, mine.finish)
+        assert "".join(pieces) == said and len(pieces) > 1
+        stop = said.strip()[3:5]
+        ended = Reply(writer, renderer, DIALOGUE, **how, stops=[stop])
+        assert stop in "".join(ended) and ended.finish == "text" and len(ended.ids) < len(mine.ids)
+        leaves = iter(Reply(writer, renderer, DIALOGUE, temperature=1.0, max_new_tokens=200, seed=1))
+        next(leaves)
+        leaves.close()
+        assert "".join(Reply(writer, renderer, DIALOGUE, **how)) == said
+        drawn = [
+            "".join(Reply(writer, renderer, DIALOGUE, temperature=1.0, max_new_tokens=12, seed=s)) for s in (1, 1, 2)
+        ]
+        assert drawn[0] == drawn[1] != drawn[2]
+    finally:
+        writer.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ptl.apps.story.stages import SIZES, WORK, stages
 
 def main() -> int:
     """Runs the story; returns 0, or 2 after a message on stderr."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the command that runs, as Ctrl-C does
     try:
         unpack()
         if not (WORK / "prompts.jsonl").exists():  # the last file of the data
@@ -24,6 +26,9 @@ def main() -> int:
     except (ValueError, OSError, StoryError) as mistake:
         print(f"ptl story: error: {mistake}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
     minutes = sum(command["seconds"] for done in ledger.values() for command in done) / 60
     print(f"\nthe story:      {Path(shown)} ({minutes:.0f} minutes in all)")
     print(f"talk to it:     .venv/bin/ptl chat {WORK / 'nf4'} --tools calculator search={WORK / 'documents.jsonl'}")

@@ -53,7 +53,12 @@ def _run(command: str, log: Path) -> dict[str, Any]:
     words = [sys.executable, "-m", "ptl.cli", *shlex.split(command)]
     with log.open("ab") as out:
         child = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        _, status, usage = os.wait4(child.pid, 0)  # as Popen.wait, which does not say what the child used
+        try:
+            _, status, usage = os.wait4(child.pid, 0)  # as Popen.wait, which does not say what the child used
+        except BaseException:  # Ctrl-C: the command saves what it has and ends too
+            child.terminate()
+            child.wait()
+            raise
     child.returncode = os.waitstatus_to_exitcode(status)
     seconds, peak = time.monotonic() - began, usage.ru_maxrss * 1024
     if child.returncode:
