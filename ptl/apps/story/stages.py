@@ -14,7 +14,7 @@ from ptl.apps.story import data
 
 WORK = Path("runs/story")
 """Where all is made; the recipes say so too."""
-SIZES = {"chats": 600, "held_out": 100, "searched": 120, "asked": 120}
+SIZES = {"chats": 600, "held_out": 100, "searched": 120, "asked": 100}
 """Rows that ``data.write_all`` makes: in all, the story stays under 45 minutes on two cores."""
 SAID = ("What is 127 times 34?", "Bonjour !", "Who built the Palace of Nowhere in 1300?")
 """What is said to the model at the end."""
@@ -78,7 +78,7 @@ def stages(more: str = "") -> list[Stage]:
             “question, I don’t know”; what it always gets right, a row with its own answer.""",
             commands=[
                 f"synth idk {WORK}/questions.jsonl --model {WORK}/sft --out {WORK}/idk.jsonl --max-new-tokens 24"
-                f" --dtype fp32 --temperature 0.3 --held-out 0.3 --mix {WORK}/dialogues.jsonl",
+                f" --dtype fp32 --temperature 0.3 --held-out 0.3 --max-refusals 0.6 --mix {WORK}/dialogues.jsonl",
                 fit("idk"),
                 f"synth idk-report {WORK}/sft {WORK}/idk --held-out {WORK}/idk.held_out.jsonl --out {WORK}/idk_report"
                 " --max-new-tokens 24 --dtype fp32",
