@@ -82,16 +82,6 @@ fit() {
   finish "$code"
 }
 
-# other COMMAND...: another command of ptl than `fit`: `synth` on every task, which share the work, others on one.
-other() {
-  local code=0
-  [[ $1 == synth ]] || srun_options+=(--nodes=1 --ntasks=1)
-  # shellcheck disable=SC2016
-  launch bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS exec "$@"' ptl "$PTL_PYTHON" -m ptl.cli "$@" || code=$?
-  ((code == 0)) || tail -n 5 "$logs/rank0.log"
-  finish "$code"
-}
-
 # finish CODE: ends the job, or has it start again: when it was asked to leave (85), and after a crash where a newer
 # checkpoint has come since the last one, at most PTL_MAX_CRASHES times without. Never more than PTL_MAX_RESTARTS times.
 finish() {

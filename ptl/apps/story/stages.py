@@ -78,7 +78,7 @@ def stages(more: str = "") -> list[Stage]:
             “question, I don’t know”; what it always gets right, a row with its own answer.""",
             commands=[
                 f"synth idk {WORK}/questions.jsonl --model {WORK}/sft --out {WORK}/idk.jsonl --max-new-tokens 24"
-                f" --dtype fp32 --temperature 0.3 --held-out 0.3 --max-refusals 0.6 --mix {WORK}/dialogues.jsonl",
+                f" --dtype fp32 --temperature 0.3 --held-out 0.3 --max-refusals 0.8 --mix {WORK}/dialogues.jsonl",
                 fit("idk"),
                 f"synth idk-report {WORK}/sft {WORK}/idk --held-out {WORK}/idk.held_out.jsonl --out {WORK}/idk_report"
                 " --max-new-tokens 24 --dtype fp32",
