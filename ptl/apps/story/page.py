@@ -59,8 +59,10 @@ def _overview(stages: Sequence[Stage], ledger: Ledger, found: dict[str, Gains]) 
         first = found[stage.name].numbers[0] if found[stage.name].numbers else ("", "", "")
         change = f"{_text(first[0])}: {_text(first[1])} → <b>{_text(first[2])}</b>" if first[0] else ""
         link = f'<a href="#{stage.name}">{_text(stage.title)}</a>'
-        rows.append(f"<tr><td>{i}</td><td>{link}</td><td class=number>{minutes:.1f}</td><td>{change}</td></tr>")
-    head = "<tr><th></th><th>stage</th><th class=number>minutes</th><th>what it gained</th></tr>"
+        rows.append(
+            f"<tr><td class=number>{i}</td><td>{link}</td><td class=number>{minutes:.1f}</td><td>{change}</td></tr>"
+        )
+    head = "<tr><th class=number></th><th>stage</th><th class=number>minutes</th><th>what it gained</th></tr>"
     return f"<div class=wide><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
 
 

@@ -130,8 +130,8 @@ def stages(more: str = "") -> list[Stage]:
             title="Four bits a weight",
             why="A float of four bytes becomes two, or a code of four bits with a scale for each block.",
             commands=[
-                f"export {WORK}/tools --out {WORK}/bf16 --dtype bf16 --overwrite --rows {WORK}/held_out.jsonl",
-                f"export {WORK}/tools --out {WORK}/nf4 --quantize nf4 --overwrite --rows {WORK}/held_out.jsonl",
+                f"export {WORK}/tools --out {WORK}/bf16 --dtype bf16 --overwrite --rows {WORK}/prompts.jsonl",
+                f"export {WORK}/tools --out {WORK}/nf4 --quantize nf4 --overwrite --rows {WORK}/prompts.jsonl",
             ],
         ),
         Stage(
