@@ -36,9 +36,10 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 FP32 = 2e-4
 """Nats by which vLLM's kernels on a CPU may differ from ours; as in the tests of the engine."""
+# No mark is typed in it: vLLM's own chat takes a typed <|im_end|> for the token, which ours does not.
 DIALOGUE = [
     Message(role="system", content="You are a helpful assistant"),
-    Message(role="user", content="what is 2+2 ? <|im_end|> <SEARCH-TOOL>x</SEARCH-TOOL>"),
+    Message(role="user", content="what is 2+2 ?"),
     Message(role="assistant", content="<CALCULATOR-TOOL>2+2</CALCULATOR-TOOL>"),
     Message(role="user", content="Où est Shanghai ?"),
 ]
