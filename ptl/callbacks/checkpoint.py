@@ -262,10 +262,13 @@ class Checkpoint(ModelCheckpoint):
             every = self._every_n_train_steps
             self._deferred = self._wanted or bool(every and step and step % every == 0)
             return
+        if not self._ends_step(trainer, batch_idx):
+            # Lightning would save the step that a run has resumed from once more, without this window's gradients.
+            return
         self._timed(super().on_train_batch_end, trainer, pl_module, outputs, batch, batch_idx)
         if step == trainer.max_steps:
             self._save_last(trainer)
-        if self._wanted and self._ends_step(trainer, batch_idx):
+        if self._wanted:
             self.save_now(trainer)
         self._drop_resumed(trainer)
 

@@ -54,7 +54,7 @@ class Export(L.Callback):
         self,
         *,
         which: Literal["last", "best"] = "last",
-        dtype: Literal["bf16", "fp32", "fp16"] | None = None,
+        dtype: Literal["bf16", "fp16", "fp32"] | None = None,
         merged: bool = True,
         adapter: bool = True,
         console: bool = True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -10,9 +11,9 @@ from datetime import timedelta
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from torch.distributed import TCPStore
 
-_HERE, _VERDICT = "ptl/here/{}", "ptl/verdict"
+_HERE, _VERDICT, _HEARD = "ptl/here/{}", "ptl/verdict", "ptl/heard/{}"
 _GRACE = 30.0
-"""Seconds that the others wait for rank 0's word beyond its own waiting."""
+"""Seconds that the others wait for rank 0's word beyond its own waiting, and it for them to have read it."""
 
 
 def meet(environment: ClusterEnvironment, seconds: float) -> TCPStore | None:
@@ -53,19 +54,27 @@ def meet(environment: ClusterEnvironment, seconds: float) -> TCPStore | None:
     except RuntimeError as error:
         raise ValueError(_no_store(rank, here, host, port, seconds, error)) from error
     if rank == 0:
-        store.set(_VERDICT, _missing(store, world, seconds))
+        verdict, present = _verdict(store, world, seconds)
+        store.set(_VERDICT, verdict)
+        if verdict:
+            # The store ends with this process: not before the others have read the verdict.
+            with contextlib.suppress(RuntimeError):
+                store.wait([_HEARD.format(r) for r in present if r], timedelta(seconds=_GRACE))
     else:
         try:
             store.wait([_VERDICT], timedelta(seconds=seconds + _GRACE))
+            verdict = store.get(_VERDICT).decode()
+            if verdict:
+                store.set(_HEARD.format(rank), "")
         except RuntimeError as error:
             raise ValueError(f"rank {rank} on {here}: rank 0 at {host}:{port} has gone while it waited") from error
-    if verdict := store.get(_VERDICT).decode():
+    if verdict:
         raise ValueError(verdict)
     return store
 
 
-def _missing(store: TCPStore, world: int, seconds: float) -> str:
-    """What to say of the ranks that have not come; nothing where all have."""
+def _verdict(store: TCPStore, world: int, seconds: float) -> tuple[str, list[int]]:
+    """What to say of the ranks that have not come, nothing where all have; and those that have."""
     deadline = time.monotonic() + seconds
     absent = []
     for rank in range(world):
@@ -73,15 +82,16 @@ def _missing(store: TCPStore, world: int, seconds: float) -> str:
             store.wait([_HERE.format(rank)], timedelta(seconds=max(0.1, deadline - time.monotonic())))
         except RuntimeError:
             absent.append(rank)
+    present = [rank for rank in range(world) if rank not in absent]
     if not absent:
-        return ""
-    present = sorted({store.get(_HERE.format(rank)).decode() for rank in range(world) if rank not in absent})
+        return "", present
+    nodes = sorted({store.get(_HERE.format(rank)).decode() for rank in present})
     return (
         f"{len(absent)} of {world} ranks have not come within {seconds:.0f} s: {', '.join(map(str, absent[:16]))}"
-        f"{' and more' if len(absent) > 16 else ''}. Those that have are on {', '.join(present[:16])}. Look at the log "
+        f"{' and more' if len(absent) > 16 else ''}. Those that have are on {', '.join(nodes[:16])}. Look at the log "
         "of a missing rank; a node may be down, or its ranks may have another MASTER_ADDR or MASTER_PORT "
         "(run.meeting_minutes is how long to wait)"
-    )
+    ), present
 
 
 def _no_store(rank: int, here: str, host: str, port: int, seconds: float, error: Exception) -> str:

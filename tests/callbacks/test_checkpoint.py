@@ -160,6 +160,21 @@ def test_law_6_a_resumed_run_ends_with_the_same_weights(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_law_6_a_resumed_run_saves_nothing_within_an_accumulation_window(tmp_path):
+    """Such a checkpoint would lack the gradients so far, and take the place of the one that was resumed from."""
+    saved: list[tuple[int, int]] = []
+
+    class Look(Checkpoint):
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            saved.append((trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.current.ready))
+            super().on_save_checkpoint(trainer, pl_module, checkpoint)
+
+    for steps, path in ((2, None), (3, tmp_path / "checkpoints/step=00000002.ckpt")):
+        runner = trainer(tmp_path, [Look(every_n_train_steps=1)], max_steps=steps, accumulate_grad_batches=2)
+        runner.fit(Toy(), loader(BATCHES), ckpt_path=path)
+    assert saved == [(1, 2), (2, 4), (3, 6)]
+
+
 def test_law_6_what_a_run_resumed_from_stays_until_a_newer_one_is_there(tmp_path):
     """A save that is killed between its two renames leaves the whole checkpoint under another name than it holds."""
     fit(tmp_path, 2)

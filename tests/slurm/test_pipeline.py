@@ -82,8 +82,9 @@ def test_a_stage_may_be_another_command_whose_tasks_share_the_work(cluster, rows
     assert answers and all(row["completions"] for row in answers)
     logs = {log.name: log.read_text() for log in (study / "asked/slurm/latest/").glob("rank*.log")}
     assert sorted(logs) == ["rank0.log", "rank1.log"]
-    # So few prompts are one share: the other task has nothing to do, which it knows since it knows its rank.
-    assert " answers to " in logs["rank0.log"] and "waits for other processes" in logs["rank1.log"]
+    # So few prompts are one share, which one task answers: the other waits, or finds it done.
+    assert any(" answers to " in log for log in logs.values())
+    assert all(" answers to " in log or "waits for other processes" in log for log in logs.values())
     assert not (study / "asked/config.yaml").exists()
     assert f"name: {study}/sft/export" in (study / "again/config.yaml").read_text()  # the last that has a model
 
