@@ -175,6 +175,11 @@ class TokenBatch(NamedTuple):
         attention_mask: int64 [B, T] or None.
         rows: int64 [D], index of each document in the prepared rows, or None where the batch was not read from them:
             with ``position_ids`` it names a token whatever the order, the packs and the micro-batches.
+        trained: int64 [N], flat positions in [B * T] of the N trained tokens, ascending: those of a weight that is not
+            0 and of a position that is not 0. None where it is unknown: who needs it then waits for the device once.
+            Whoever changes ``loss_mask`` sets it, and ``host_trained``, to None.
+        host_trained: the same as an array on the host, which stays there.
+        host_lengths: int64 [D], the documents' lengths, on the host too; as ``trained`` it goes with ``cu_seqlens``.
     """
 
     input_ids: Tensor
@@ -186,10 +191,14 @@ class TokenBatch(NamedTuple):
     cu_seqlens: Tensor | None = None
     attention_mask: Tensor | None = None
     rows: Tensor | None = None
+    trained: Tensor | None = None
+    host_trained: np.ndarray | None = None
+    host_lengths: np.ndarray | None = None
 
     def on(self, device: torch.device | str) -> TokenBatch:
-        """The batch on a device."""
-        return TokenBatch(*(None if t is None else t.to(device) for t in self))  # pyright: ignore[reportArgumentType]
+        """The batch on a device, but for what is the host's."""
+        fields: list[Any] = list(self)
+        return TokenBatch(*(field.to(device) if hasattr(field, "to") else field for field in fields))
 
 
 class GroupBatch(NamedTuple):
@@ -201,7 +210,8 @@ class GroupBatch(NamedTuple):
 
     Attributes:
         tokens: the segments; its ``document_ids`` and ``rows`` are by segment.
-        parents: int64 [S], the segment that a segment goes on from, or -1; None where there is none.
+        parents: int64 [S], the segment that a segment goes on from, or -1; None where there is none. On the host, where
+            the attention is told of it.
         last: int64 [D], flat position in [B * T] of each answer's last token, padding never.
         groups: int64 [D], the prompt of each answer, ascending.
         ranks: float32 [D], lower is better, equal is a tie; NaN where the answer was not ranked.
@@ -220,7 +230,7 @@ class GroupBatch(NamedTuple):
     """
 
     tokens: TokenBatch
-    parents: Tensor | None
+    parents: np.ndarray | None
     last: Tensor
     groups: Tensor
     ranks: Tensor

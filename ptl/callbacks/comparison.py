@@ -153,7 +153,7 @@ def _token_values(logprobs: list[Tensor], targets: Tensor) -> list[Tensor]:
 def _speaker(model: nn.Module, batch: TokenBatch, positions: Tensor, vocabulary: int) -> Callable[[slice], Tensor]:
     """A function from a slice of the chosen tokens to the model's log-probabilities of them, [n, vocabulary]."""
     device = device_of(model)
-    hidden = hidden_states(model, _moved(batch, device)).flatten(0, 1).index_select(0, positions.to(device))
+    hidden = hidden_states(model, batch.on(device)).flatten(0, 1).index_select(0, positions.to(device))
     head = lm_head(model)
     rows = full_shape(head.weight)[0]
     if rows < vocabulary:
@@ -186,11 +186,6 @@ def device_of(model: nn.Module) -> torch.device:
     """Where the model's input embedding is, and so where its token ids must be."""
     embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     return embedding.weight.device
-
-
-def _moved(batch: TokenBatch, device: torch.device) -> TokenBatch:
-    moved = {name: field.to(device) for name, field in batch._asdict().items() if field is not None}
-    return batch._replace(**moved)
 
 
 # ---- cost ----

@@ -66,6 +66,7 @@ def collate_tokens(
     columns = np.arange(shape[1])
     real = columns[None] < lengths[:, None]
     documents = np.where(real, np.arange(len(rows))[:, None], -1)
+    trained = np.flatnonzero(mask)
     return TokenBatch(
         input_ids=torch.from_numpy(ids),
         loss_mask=torch.from_numpy(mask),
@@ -75,6 +76,9 @@ def collate_tokens(
         window_weight=torch.tensor(window_weight, dtype=torch.float64),
         attention_mask=torch.from_numpy(real.astype(np.int64)),
         rows=_rows(rows),
+        trained=torch.from_numpy(trained),
+        host_trained=trained,
+        host_lengths=lengths,
     )
 
 
@@ -84,6 +88,7 @@ def _packed(rows: Sequence[Mapping[str, Any]], lengths: np.ndarray, window_weigh
     ids = np.concatenate([np.asarray(row["ids"]) for row in rows]).astype(np.int64)
     mask = np.concatenate([_document_mask(row, length) for row, length in zip(rows, lengths.tolist())])
     positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+    trained = np.flatnonzero(mask)
     return TokenBatch(
         input_ids=torch.from_numpy(ids)[None],
         loss_mask=torch.from_numpy(mask)[None],
@@ -93,6 +98,9 @@ def _packed(rows: Sequence[Mapping[str, Any]], lengths: np.ndarray, window_weigh
         window_weight=torch.tensor(window_weight, dtype=torch.float64),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         rows=_rows(rows),
+        trained=torch.from_numpy(trained),
+        host_trained=trained,
+        host_lengths=lengths,
     )
 
 

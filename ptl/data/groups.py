@@ -287,6 +287,7 @@ def _token_batch(
         cu_seqlens=bounds if packed else None,
         attention_mask=None if packed else torch.from_numpy((documents >= 0).astype(np.int64).reshape(shape)),
         rows=torch.tensor([int(rows[owner]["row"]) for owner in owners]) if known else None,
+        host_lengths=lengths,
     )
     return batch, offsets
 
@@ -314,14 +315,14 @@ def _group_batch(
         sources.append(before)
         owners.append(np.full(len(trained), number))
         weights.append(segment.mask[trained])
-    parents = [segment.parent for segment in segments]
+    parents = np.array([segment.parent for segment in segments], np.int64)
 
     def flat(parts: list[np.ndarray], kind: Any) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(kind))
 
     return GroupBatch(
         tokens=tokens,
-        parents=torch.tensor(parents) if max(parents) >= 0 else None,
+        parents=parents if parents.max() >= 0 else None,
         last=torch.tensor([int(offsets[own]) + len(segments[own].ids) - 1 for own, _ in answers]),
         groups=torch.from_numpy(groups),
         ranks=torch.from_numpy(ranks),

@@ -217,8 +217,7 @@ def batches(examples: Sequence[Mapping[str, Any]], batch_tokens: int, layout: La
 def _batch(examples: Sequence[Mapping[str, Any]], layout: Layout, device: torch.device) -> GroupBatch:
     rows = [{**example, "source": 0} for example in examples]
     batch = RankingView().collate(rows, layout=layout, pad_id=0, window_weight=1.0)
-    parents = None if batch.parents is None else batch.parents.to(device)
-    return batch._replace(tokens=batch.tokens.on(device), parents=parents, last=batch.last.to(device))
+    return batch._replace(tokens=batch.tokens.on(device), last=batch.last.to(device))
 
 
 # ---- measuring ----

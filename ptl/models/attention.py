@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
@@ -30,8 +31,9 @@ NAME = "ptl_packed"
 def packed_inputs(
     implementation: str | None,
     cu_seqlens: Tensor,
-    parents: Tensor | None = None,
+    parents: np.ndarray | None = None,
     sequence: SequenceGroup | None = None,
+    lengths: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments that make a backbone keep the documents of one packed row apart.
 
@@ -39,11 +41,12 @@ def packed_inputs(
 
     Args:
         implementation: the model's ``config._attn_implementation``.
-        cu_seqlens: int32 [D + 1], bounds of the documents. On a GPU its values are read back once, here, and not in
-            the layers.
+        cu_seqlens: int32 [D + 1], bounds of the documents.
         parents: int64 [documents], of each document the one that it goes on from, whose tokens it sees before its own,
             or -1; None where none does. A document that others go on from goes on from none.
         sequence: the ranks that share the row; ``cu_seqlens`` bounds the documents of the whole.
+        lengths: int64 [D], lengths of the documents. None reads them from ``cu_seqlens``, for which the host waits
+            until a GPU has done what was queued: once, here, and not in the layers.
 
     Raises:
         ValueError: the implementation cannot keep documents apart, not let them share a beginning, or not share a row.
@@ -62,12 +65,12 @@ def packed_inputs(
         # transformers builds a block-diagonal mask from positions that restart, provided that it is given no mask (not
         # even one of ones) and no cache.
         return {"attention_mask": None}
-    lengths = tuple(cu_seqlens.diff().tolist())
+    known = tuple((cu_seqlens.diff() if lengths is None else lengths).tolist())
     bounds = {
         "cu_seq_lens_q": cu_seqlens,
         "cu_seq_lens_k": cu_seqlens,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
+        "max_length_q": max(known),
+        "max_length_k": max(known),
     }
     if implementation == NAME:
         # A mask of four dimensions is handed to the layers as it is, so that no [T, T] mask is made. It has no
@@ -76,7 +79,7 @@ def packed_inputs(
         shared: dict[str, Any] = {} if parents is None else {"document_parents": tuple(parents.tolist())}
         if sequence is not None:
             shared["sequence"] = sequence
-        return {**bounds, "document_lengths": lengths, "attention_mask": nothing, **shared}
+        return {**bounds, "document_lengths": known, "attention_mask": nothing, **shared}
     if implementation is not None and implementation.startswith("flash_attention"):
         return {**bounds, "attention_mask": None}
     raise ValueError(

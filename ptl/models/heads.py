@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,7 +71,7 @@ def hidden_states(
     model: nn.Module,
     batch: TokenBatch,
     *,
-    parents: Tensor | None = None,
+    parents: np.ndarray | None = None,
     neftune_alpha: float | None = None,
     sequence: SequenceGroup | None = None,
 ) -> Tensor:
@@ -94,7 +95,7 @@ def hidden_states(
     inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
     if batch.cu_seqlens is not None:
         _check_packs(lm, backbone)
-        packed = packed_inputs(lm.config._attn_implementation, batch.cu_seqlens, parents, sequence)
+        packed = packed_inputs(lm.config._attn_implementation, batch.cu_seqlens, parents, sequence, batch.host_lengths)
         inputs = {"position_ids": batch.position_ids, **packed}
     elif sequence is not None:
         raise ValueError("a padded batch cannot be shared among ranks: set data.layout to packed")
@@ -280,11 +281,13 @@ def shifted_targets(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         Flat positions int64 [N] into [B * T], targets int64 [N] and weights float32 [N] of the N tokens whose loss
         weight is not 0. A position is the one before its token, in the same document: the first token of a document is
-        no target, whatever its weight.
+        no target, whatever its weight. A batch that does not say which its trained tokens are is asked, for which the
+        host waits until its device has done what was queued: how many there are is a shape.
     """
-    weights = (batch.loss_mask * (batch.position_ids > 0)).flatten()
-    trained = weights.nonzero()[:, 0]
-    return trained - 1, batch.input_ids.flatten()[trained], weights[trained]
+    trained = batch.trained
+    if trained is None:
+        trained = (batch.loss_mask * (batch.position_ids > 0)).flatten().nonzero()[:, 0]
+    return trained - 1, batch.input_ids.flatten()[trained], batch.loss_mask.flatten()[trained]
 
 
 class HeadLoss(nn.Module):
@@ -350,7 +353,8 @@ def lm_loss(
     if sequence is not None:
         # Targets are those of the whole row, so that the first token of a slice is predicted by the last of the former.
         share = batch.input_ids.shape[1] // sequence.size
-        mine = (positions // share == sequence.rank).nonzero()[:, 0]
+        known = positions.cpu().numpy() if batch.host_trained is None else batch.host_trained - 1
+        mine = slice(*np.searchsorted(known, [share * sequence.rank, share * (sequence.rank + 1)]).tolist())
         positions, targets = positions[mine] - share * sequence.rank, targets[mine]
         weights, documents = weights[mine], documents[mine]
     hidden = hidden_states(model, batch, neftune_alpha=neftune_alpha, sequence=sequence)

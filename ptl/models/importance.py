@@ -136,8 +136,7 @@ class _Read:
         self.model.eval()
         try:
             for batch in batches:
-                moved: Any = [field if field is None else field.to(device) for field in batch]
-                here = TokenBatch(*moved)
+                here = batch.on(device)
                 self.real = here.document_ids >= 0
                 self.tokens += int(self.real.sum())
                 hidden_states(self.model, here)

@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -103,6 +104,7 @@ def filled_row(batch: TokenBatch, size: int) -> TokenBatch:
         sources=pad(batch.sources, (0, 1)),
         cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:] + missing]),
         rows=None,
+        host_lengths=None if batch.host_lengths is None else np.append(batch.host_lengths, missing),
     )
 
 

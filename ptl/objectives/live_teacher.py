@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def states(
-        self, batch: TokenBatch, positions: Tensor, blocks: Sequence[int] = (), *, parents: Tensor | None = None
+        self, batch: TokenBatch, positions: Tensor, blocks: Sequence[int] = (), *, parents: np.ndarray | None = None
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Last hidden states [N, H] at flat ``positions``, and outputs [B, T, H] of some blocks, where these are.
 

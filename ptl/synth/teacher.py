@@ -49,8 +49,7 @@ class Reading:
         for group in grouped([len(row["ids"]) for row in rows], self.batch_tokens):
             members = [rows[index] for index in group]
             batch = collate_tokens(members, layout=self.layout, pad_id=0, window_weight=0.0)
-            moved = [None if tensor is None else tensor.to(device) for tensor in batch]
-            yield TokenBatch(*moved), [member["row"] for member in members]  # pyright: ignore[reportArgumentType]
+            yield batch.on(device), [member["row"] for member in members]
 
 
 def grouped(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:

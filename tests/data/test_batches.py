@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 
 from ptl.data.batches import collate_tokens, mask_of, spans_of
+from ptl.models.heads import shifted_targets
 from ptl.types import TokenBatch
 
 
@@ -70,6 +72,23 @@ def test_types(layout):
         assert batch.cu_seqlens.dtype == torch.int32
     if batch.attention_mask is not None:
         assert batch.attention_mask.dtype == torch.int64
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_what_the_host_knows_is_what_the_tensors_say(layout):
+    first = {"ids": np.array([1, 2, 3], np.int32), "spans": [0, 3], "span_weights": [1.0], "source": 0}
+    for rows in (ROWS, [first, first], [row([4, 5], [0, 0])], [row([4], [0])]):
+        batch = collate_tokens(rows, layout=layout, pad_id=0, window_weight=1.0)
+        read = batch._replace(trained=None, host_trained=None, host_lengths=None)
+        assert batch.trained is not None and batch.host_trained is not None and batch.host_lengths is not None
+        assert batch.trained.dtype == torch.int64 and batch.trained.tolist() == batch.host_trained.tolist()
+        for known, asked in zip(shifted_targets(batch), shifted_targets(read), strict=True):
+            assert known.dtype == asked.dtype and torch.equal(known, asked)
+        assert batch.host_lengths.tolist() == [len(one["ids"]) for one in rows]
+        moved = move_data_to_device(batch, torch.device("cpu"))
+        for there in (batch.on("cpu"), moved):
+            assert isinstance(there, TokenBatch) and isinstance(there.host_lengths, np.ndarray)
+            assert torch.equal(there.input_ids, batch.input_ids)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ptl.data.batches import collate_tokens, spans_of
 from ptl.models.attention import packed_attention
 from ptl.models.heads import lm_loss
 from ptl.models.sequence_parallel import SequenceGroup, filled_row, join_group
+from tests.callbacks.syncs import Waits
 from tests.models import zoo
 from tests.ranks import rank
 
@@ -116,6 +118,17 @@ def run(models: list[str]) -> dict[str, Any]:
     lm_loss(module, none, sequence=groups[4]).fused.total.backward()  # every rank takes part, or this hangs
     result["nothing_trained"] = float(_flat(module, groups[4]).abs().max())
     row = filled_row(empty, 4)
+    rows = [
+        {"ids": ids.numpy(), "spans": spans, "span_weights": weights, "source": 0}
+        for ids, mask in zoo.documents()
+        for spans, weights in [spans_of(mask.numpy())]
+    ]
+    known = collate_tokens(rows, layout="packed", pad_id=0, window_weight=1.0)
+    asked = known._replace(trained=None, host_trained=None, host_lengths=None)
+    result["known"] = [float(lm_loss(module, b, sequence=groups[4]).fused.total.detach()) for b in (known, asked)]
+    with Waits() as waits:
+        lm_loss(module, known, sequence=groups[4]).fused.total.backward()
+    result["waits"] = waits.of("ptl")
     result["filled"] = [
         row.input_ids.shape[1],
         row.cu_seqlens.tolist(),

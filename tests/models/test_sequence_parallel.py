@@ -56,6 +56,12 @@ def test_a_row_is_filled_with_a_document_of_its_own_and_no_weight(results):
     assert row.input_ids.shape[1] == 25 and len(row.sources) == len(zoo.LENGTHS)
 
 
+@pytest.mark.timeout(600)
+def test_ranks_that_share_a_collated_row_read_nothing_of_it(results):
+    for result in results:
+        assert result["known"][0] == result["known"][1] and result["waits"] == {}
+
+
 def test_one_process_cannot_share():
     with pytest.raises(
         ValueError, match=r"sequence_parallel 2 must divide the number of ranks, got 1.*trainer\.devices"
