@@ -24,16 +24,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from ptl.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
+from ptl.callbacks.checkpoint import Checkpoint
 from ptl.callbacks.exit_codes import REQUEUE, REWIND, PreemptedError
 from ptl.callbacks.export import Export
 from ptl.callbacks.facts import run_tags
 from ptl.callbacks.health import DivergedError, Health, RewindError
 from ptl.callbacks.jsonl import JsonlLogger
+from ptl.callbacks.pass_rates import PassRates
 from ptl.callbacks.preemption import Preemption
 from ptl.callbacks.record import RunRecord, run_folder
 from ptl.callbacks.redact import redact
 from ptl.callbacks.saved import foreign_checkpoints, latest_checkpoint
+from ptl.callbacks.single_file import AtomicCheckpointIO
 from ptl.callbacks.stragglers import Stragglers
 from ptl.callbacks.throughput import Throughput
 from ptl.callbacks.wandb_run import WandbRun
@@ -159,6 +161,7 @@ class PTLCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         self.datamodule.bind(view=self.model.view, tokenizer=self.model.spec.name)
+        self.trainer.callbacks.append(PassRates())  # pyright: ignore[reportAttributeAccessIssue]
 
     # ---- running ----
 

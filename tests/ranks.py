@@ -7,7 +7,8 @@ arguments and writes what it returns as JSON::
     assert results[0]["loss"] == results[1]["loss"]
 
 The ranks see the variables that torchrun sets, so Lightning and DeepSpeed join them over gloo on the loopback address.
-A start costs about ten seconds of imports: put several cases in one function rather than one case in several starts.
+They are forks of processes that have imported everything (``tests.forks``): one of those for the even ranks and one for
+the odd ones, so that two ranks have different hashes, as on a cluster.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from tests.forks import Fork, Forks
 
 ROOT = Path(__file__).resolve().parent.parent
 _WHERE = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
@@ -50,10 +54,9 @@ class RanksFailedError(RuntimeError):
 @dataclass
 class _Rank:
     index: int
-    process: subprocess.Popen[bytes]
+    process: Fork
     output: Path
     result: Path
-    stream: IO[bytes]
 
     def report(self) -> str:
         text = self.output.read_text(errors="replace")
@@ -178,32 +181,28 @@ def run_ranks(
         return [json.loads(rank.result.read_text()) for rank in ranks]
 
 
+@cache
+def _forks(parity: int) -> Forks:
+    return Forks()
+
+
 def _start(target: str | Path, world_size: int, args: dict, folder: Path, env: dict[str, str]) -> list[_Rank]:
     port = free_port()
-    command = [sys.executable, "-m", "tests.ranks", str(target)]
-    if str(target).endswith(".py"):
-        command = [sys.executable, str(target)]
     ranks = []
     for index in range(world_size):
         output, result = folder / f"rank{index}.log", folder / f"rank{index}.json"
-        stream = output.open("wb")
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={
-                **rank_environment(index, world_size, port),
-                **{key: value.replace("{rank}", str(index)) for key, value in env.items()},
-                "PTL_TEST_RANK": str(index),
-                "PTL_TEST_WORLD_SIZE": str(world_size),
-                "PTL_TEST_ARGS": json.dumps(args),
-                "PTL_TEST_RESULT": str(result),
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        ranks.append(_Rank(index, process, output, result, stream))
+        output.touch()
+        environment = {
+            **rank_environment(index, world_size, port),
+            **{key: value.replace("{rank}", str(index)) for key, value in env.items()},
+            "PTL_TEST_RANK": str(index),
+            "PTL_TEST_WORLD_SIZE": str(world_size),
+            "PTL_TEST_TARGET": str(target),
+            "PTL_TEST_ARGS": json.dumps(args),
+            "PTL_TEST_RESULT": str(result),
+        }
+        what = str(target) if str(target).endswith(".py") else "tests.ranks:main"
+        ranks.append(_Rank(index, _forks(index % 2).start(what, environment, output), output, result))
     return ranks
 
 
@@ -236,13 +235,13 @@ def _end(ranks: list[_Rank]) -> None:
     for rank in ranks:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(rank.process.pid, signal.SIGKILL)  # the rank leads its own session: nothing else is in it
+        rank.process.send_signal(signal.SIGKILL)  # where it has not come to have a session yet
         rank.process.wait()
-        rank.stream.close()
 
 
 def main() -> None:
     """Entry point of a rank process."""
-    module, _, function = sys.argv[1].partition(":")
+    module, _, function = os.environ["PTL_TEST_TARGET"].partition(":")
     result = getattr(importlib.import_module(module), function)(**json.loads(os.environ["PTL_TEST_ARGS"]))
     path = Path(os.environ["PTL_TEST_RESULT"])
     partial = path.with_suffix(".partial")
@@ -253,7 +252,3 @@ def main() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

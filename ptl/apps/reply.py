@@ -36,6 +36,10 @@ class Writer(Protocol):
         likeliest token; ``seed`` None draws otherwise each time."""
         ...
 
+    def close(self) -> None:
+        """Ends what it has started."""
+        ...
+
 
 class ModelWriter:
     """A causal language model in eval mode, in this process."""
@@ -65,6 +69,8 @@ class ModelWriter:
             if token in ends:
                 return
             inputs = torch.tensor([[token]], device=device)
+
+    def close(self) -> None: ...
 
 
 class Reply:

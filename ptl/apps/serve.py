@@ -86,6 +86,7 @@ def serve(args: argparse.Namespace) -> int:
     found = resolve_model(args.model)
     box = Toolbox(load_tools(args.tools), seconds=args.tool_seconds)
     listener = listen(args.host, args.port)
+    writer: Writer | None = None
     try:
         writer = _writer(found, args)
         renderer = Renderer(load_tokenizer(found.name, template=args.template))
@@ -100,6 +101,8 @@ def serve(args: argparse.Namespace) -> int:
     finally:
         listener.close()
         box.close()
+        if writer is not None:
+            writer.close()
     return 0
 
 

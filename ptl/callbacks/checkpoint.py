@@ -1,13 +1,11 @@
-"""Checkpoints that are whole or absent, in the run folder, and the newest of them.
+"""When a run saves its checkpoints, where, and which of them stay.
 
-ZeRO checkpoints are folders and are made whole by ``ptl.strategies``; the single files of every other strategy are
-made whole here.
+How they are written whole or not at all: ``single_file`` beside this, and for ZeRO's folders ``ptl.strategies``.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -23,98 +21,14 @@ from torch import Tensor, nn
 
 from ptl.callbacks.record import run_folder
 from ptl.callbacks.run_identity import run_id
-from ptl.callbacks.saved import FOLDER, latest_checkpoint
+from ptl.callbacks.saved import FOLDER
+from ptl.callbacks.single_file import AtomicCheckpointIO, cannot_write
 from ptl.callbacks.throughput import excluded
-from ptl.data.durable import TEMPORARY, replacing
+from ptl.data.durable import TEMPORARY
 from ptl.strategies.agreement import StepAgreement
 from ptl.strategies.checkpoints import MARKER, CheckpointError
 from ptl.strategies.staging import Staging, node_folder
 from ptl.strategies.zero_checkpoints import RUN_KEY, CheckpointedZeRO
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Single-file checkpoints that appear under their name when they are whole and on the disk.
-
-    A save that fails or is killed leaves what was there before untouched. The file is written straight from the
-    tensors, without a second copy of the checkpoint in memory.
-
-    Attributes:
-        staging: where a checkpoint is written first, to be copied to its place by a thread; None writes it there.
-    """
-
-    def __init__(self) -> None:
-        self.staging: Staging | None = None
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes the checkpoint.
-
-        Raises:
-            CheckpointError: it cannot be written; the message names the newest whole checkpoint beside it.
-        """
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        target = Path(path)
-        if self.staging is not None:
-            self._save_staged(self.staging, checkpoint, target)
-            return
-        try:
-            with replacing(target) as temporary, open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(_cannot_write(target, _first_cause(error))) from error
-
-    def _save_staged(self, staging: Staging, checkpoint: dict[str, Any], target: Path) -> None:
-        staging.wait()
-        local = staging.folder / target.name
-        try:
-            local.parent.mkdir(parents=True, exist_ok=True)
-            with open(local, "wb") as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:
-            local.unlink(missing_ok=True)
-            raise CheckpointError(_cannot_write(local, _first_cause(error), beside=target)) from error
-
-        def copy() -> None:
-            try:
-                with replacing(target) as temporary:
-                    shutil.copyfile(local, temporary)
-            except OSError as error:
-                raise CheckpointError(_cannot_write(target, error)) from error
-            finally:
-                local.unlink(missing_ok=True)
-
-        staging.start(copy, target)
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Removes a checkpoint; where another is being copied, once that is in its place."""
-        if self.staging is None:
-            super().remove_checkpoint(path)
-        else:
-            self.staging.behind(lambda: TorchCheckpointIO.remove_checkpoint(self, path))
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Reads a checkpoint.
-
-        Raises:
-            CheckpointError: the file is not whole, or it holds pickled code and ``weights_only`` is not False.
-            FileNotFoundError: there is none.
-        """
-        if self.staging is not None:
-            self.staging.wait()
-        try:
-            return super().load_checkpoint(path, map_location, weights_only)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{path} holds pickled Python objects, which can run any code when loaded, or is not a checkpoint: "
-                "load it with weights_only=False only if you know who made it"
-            ) from error
-        except FileNotFoundError:
-            raise
-        except (RuntimeError, EOFError, OSError) as error:
-            raise CheckpointError(f"{path} is not whole: {error}; {_last_good(Path(path))}") from error
 
 
 class Checkpoint(ModelCheckpoint):
@@ -415,12 +329,13 @@ class Checkpoint(ModelCheckpoint):
         if "://" in str(folder):
             return None
         present = next((parent for parent in (folder, *folder.parents) if parent.exists()), Path("."))
-        needed = tensor_bytes(checkpoint.get("optimizer_states")) + tensor_bytes(trainable_state_dict(module))
+        trained = [p for p in module.parameters() if p.requires_grad]
+        needed = tensor_bytes(checkpoint.get("optimizer_states")) + tensor_bytes(trained)
         free = shutil.disk_usage(present).free
         if needed <= free:
             return None
         reason = f"it needs at least {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
-        return _cannot_write(folder / "the next one", reason, beside=Path(self.dirpath or ".") / "the next one")
+        return cannot_write(folder / "the next one", reason, beside=Path(self.dirpath or ".") / "the next one")
 
     def _drop_resumed(self, trainer: L.Trainer) -> None:
         """Removes the checkpoint that this attempt resumed from, once a newer one is there.
@@ -453,27 +368,6 @@ def pauses_after(trainer: L.Trainer, batch_idx: int) -> bool:
     return batches % int(interval) == 0
 
 
-def trainable_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """What of a module's state dict training can change: the rest is rebuilt from the names of its parts.
-
-    Kept: parameters that are trained, under each of their names when tied, and persistent buffers of modules that
-    train something or that hang directly in one that does. Left out: frozen parameters with a quantiser's statistics
-    of them, and the buffers of frozen models.
-    """
-    trained = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
-    buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
-    learns = {"": any(p.requires_grad for p in module.parameters())}
-    for name, child in module.named_modules():
-        parameters = list(child.parameters())
-        # A module without parameters, as a running mean is, follows the one it hangs in.
-        learns[name] = any(p.requires_grad for p in parameters) if parameters else learns[name.rpartition(".")[0]]
-    return {
-        key: value
-        for key, value in module.state_dict().items()
-        if key in trained or (key in buffers and learns.get(key.rpartition(".")[0], True))
-    }
-
-
 def tensor_bytes(tree: Any) -> int:
     """Bytes of the tensors in nested dicts, lists and tuples."""
     if isinstance(tree, Tensor):
@@ -491,25 +385,3 @@ def _staging_place(trainer: L.Trainer) -> CheckpointedZeRO | AtomicCheckpointIO 
         return trainer.strategy
     io = trainer.strategy.checkpoint_io
     return io if isinstance(io, AtomicCheckpointIO) else None
-
-
-def _cannot_write(target: Path, reason: object, beside: Path | None = None) -> str:
-    """``beside`` is where the run's checkpoints are, if not where this one goes."""
-    key = "dirpath" if beside in (None, target) else "local_dir"
-    return (
-        f"cannot write the checkpoint {target}: {reason}; {_last_good(beside or target)}. Free space, keep fewer "
-        f"checkpoints (save_top_k) or set another {key}, then resume"
-    )
-
-
-def _last_good(target: Path) -> str:
-    newest = latest_checkpoint(target.parent)
-    return f"the newest whole checkpoint is {newest}" if newest else "there is no whole checkpoint beside it"
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """The system's error behind torch's: its writer reports only that it failed."""
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, OSError):
-        seen = seen.__cause__ or seen.__context__
-    return seen or error

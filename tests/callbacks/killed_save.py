@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ptl.callbacks.checkpoint import AtomicCheckpointIO
+from ptl.callbacks.single_file import AtomicCheckpointIO
 from ptl.strategies.checkpoints import CheckpointError
 
 

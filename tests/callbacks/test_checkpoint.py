@@ -12,21 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import nn
 
-from ptl.callbacks.checkpoint import (
-    AtomicCheckpointIO,
-    Checkpoint,
-    latest_checkpoint,
-    tensor_bytes,
-    trainable_state_dict,
-)
+from ptl.callbacks.checkpoint import Checkpoint
 from ptl.callbacks.record import RunRecord
+from ptl.callbacks.saved import latest_checkpoint
+from ptl.callbacks.single_file import AtomicCheckpointIO
 from ptl.data.durable import append_line, replacing, write_text
-from ptl.models.adapters import add_lora
-from ptl.models.spec import LoRA
 from ptl.strategies.checkpoints import MARKER, CheckpointError
-from tests import tiny
 from tests.callbacks.parts import Toy, loader, packed, trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -292,52 +284,3 @@ def test_a_checkpoint_of_every_callback_loads_without_pickled_objects(tmp_path):
     path = latest_checkpoint(tmp_path)
     assert path is not None
     assert torch.load(path, weights_only=True)["throughput"] == [32, 8]
-
-
-# ---- what is in a checkpoint ----
-
-
-class Norm(nn.Module):
-    """Running statistics, as of returns in reinforcement learning: no parameter, a persistent buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(1))
-
-
-class Teacher(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.BatchNorm1d(3)
-        self.norm = Norm()
-
-
-def test_law_5_only_what_is_trained_is_kept():
-    module = nn.Module()
-    module.policy = add_lora(tiny.make_model(), LoRA(rank=4))
-    module.teacher = Teacher().requires_grad_(False)
-    module.returns = Norm()
-    kept = trainable_state_dict(module)
-    assert set(kept) == {n for n, p in module.named_parameters() if p.requires_grad} | {"returns.mean"}
-    assert tensor_bytes(kept) < 0.5 * tensor_bytes(module.state_dict())
-
-
-def test_a_model_that_is_trained_whole_is_kept_whole_with_its_tied_names():
-    model = tiny.make_model(tie=True)
-    kept = trainable_state_dict(model)
-    assert set(kept) == set(model.state_dict()) and "lm_head.weight" in kept
-    model.requires_grad_(False)
-    assert trainable_state_dict(model) == {}
-
-
-def test_a_quantisers_statistics_go_with_their_frozen_weight():
-    bnb = pytest.importorskip("bitsandbytes")
-    module = nn.Module()
-    module.base = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
-    module.base.load_state_dict({"weight": torch.randn(64, 64)})
-    module.base = module.base.to("cpu")
-    module.base(torch.randn(1, 64))
-    module.base.weight.requires_grad_(False)
-    module.extra = nn.Linear(2, 2)
-    assert any("absmax" in key for key in module.state_dict())
-    assert set(trainable_state_dict(module)) == {"extra.weight", "extra.bias"}

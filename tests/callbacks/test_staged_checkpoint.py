@@ -12,8 +12,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from ptl.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
+from ptl.callbacks.checkpoint import Checkpoint
 from ptl.callbacks.saved import latest_checkpoint
+from ptl.callbacks.single_file import AtomicCheckpointIO
 from ptl.strategies.checkpoints import CheckpointError, read_record
 from ptl.strategies.staging import Staging, node_folder
 from tests.callbacks.parts import Toy, loader, packed, trainer

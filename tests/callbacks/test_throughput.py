@@ -8,11 +8,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from ptl.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
+from ptl.callbacks.checkpoint import Checkpoint
 from ptl.callbacks.clock import CudaClock, HostClock, StepTimer, median_and_p90
 from ptl.callbacks.hardware import device_peak
 from ptl.callbacks.jsonl import read_metrics
 from ptl.callbacks.shape import model_shape, parameter_counts
+from ptl.callbacks.single_file import AtomicCheckpointIO
 from ptl.callbacks.throughput import Throughput, count_tokens, excluded
 from ptl.functional.flops import Work, training_flops
 from ptl.models.adapters import add_lora

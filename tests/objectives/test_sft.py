@@ -9,7 +9,8 @@ import lightning as L
 import pytest
 import torch
 
-from ptl.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
+from ptl.callbacks.checkpoint import Checkpoint
+from ptl.callbacks.single_file import AtomicCheckpointIO
 from ptl.data.module import ChatDataModule, Preparation
 from ptl.data.sources import Source
 from ptl.models.optimizer import Optimizer, Schedule
