@@ -21,10 +21,10 @@ from ptl.data.sources import Source
 from ptl.data.views import View
 
 AFTER = (
-    *("claim.py", "contents.py", "cross_teacher.py", "durable.py", "fingerprints.py", "held_out.py", "loader.py"),
-    *("mapped.py", "module.py", "on_policy.py", "order.py", "packing.py", "parts.py", "pieces.py", "preview.py"),
-    *("progress.py", "realign.py", "report.py", "teacher_cache.py", "teacher_plan.py", "teacher_writer.py"),
-    *("token_sets.py", "tokenizer_training.py", "turns.py", "units.py", "workers.py"),
+    *("claim.py", "contents.py", "cross_teacher.py", "durable.py", "easy_first.py", "fingerprints.py", "held_out.py"),
+    *("loader.py", "mapped.py", "module.py", "on_policy.py", "order.py", "packing.py", "parts.py", "pieces.py"),
+    *("preview.py", "progress.py", "realign.py", "report.py", "teacher_cache.py", "teacher_plan.py"),
+    *("teacher_writer.py", "token_sets.py", "tokenizer_training.py", "turns.py", "units.py", "workers.py"),
 )
 """Modules that show, order or wait for what is prepared, and do not change it."""
 BESIDE = ("rewards/code.py", "rewards/sandbox/asserts.py", "rewards/sandbox/names.py")

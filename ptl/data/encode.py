@@ -182,12 +182,13 @@ def column(values: list[Any], kind: pa.DataType) -> pa.Array:
 def digest_of(documents: Sequence[Example]) -> bytes:
     """16 bytes that are equal for rows whose documents are equal in every column.
 
-    The record that a prompt's judge needs is left out: it names the row's own line. Equal questions are equal rows.
+    Left out are the record that a prompt's judge needs, which names the row's own line, and the prompt's pass rate.
+    Equal questions are equal rows.
     """
     digest = hashlib.blake2b(digest_size=16)
     for document in documents:
         for name, value in document.items():
-            if name == "prompt":
+            if name in ("prompt", "pass_rate"):
                 continue
             digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
             digest.update(b"\0")

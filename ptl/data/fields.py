@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,15 @@ def required(row: Mapping[str, Any], key: str, source: Source) -> Any:
         name = f"{key} (column {column!r})" if column else key
         raise BadRow("missing_key", f"the row has no {name}; its keys are {sorted(map(str, row))[:20]}")
     return row[key]
+
+
+def rate_of(value: Any) -> float:
+    """A pass rate, a number from 0 to 1 or its text; NaN for anything else."""
+    try:
+        rate = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+    return rate if 0.0 <= rate <= 1.0 else math.nan
 
 
 def said(row: Mapping[str, Any], key: str, source: Source) -> str:

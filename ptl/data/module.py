@@ -16,6 +16,7 @@ import numpy as np
 
 from ptl.data.audit import Audit, Thresholds
 from ptl.data.batches import Layout
+from ptl.data.easy_first import EasyFirst
 from ptl.data.gym import check_apart
 from ptl.data.loader import (
     AsPlanned,
@@ -69,6 +70,8 @@ class ChatDataModule(L.LightningDataModule):
         micro_batch_size: units in a micro-batch of one rank.
         seed: of the order and of the packing.
         shuffle: False walks the units in the order they were made.
+        easy_first: walk prompts by their column ``pass_rate`` in each epoch, the most often solved first; those of one
+            rate in the order of ``seed`` and ``shuffle``. Rows without a rate are refused.
         num_workers: processes of a rank that read and collate batches.
         thresholds: shares of bad, masked and cut rows that stop the run.
         preparation: how rows are tokenised and kept.
@@ -97,6 +100,7 @@ class ChatDataModule(L.LightningDataModule):
         micro_batch_size: int = 1,
         seed: int = 0,
         shuffle: bool = True,
+        easy_first: bool = False,
         num_workers: int = 0,
         thresholds: Thresholds = _THRESHOLDS,
         preparation: Preparation = _PREPARATION,
@@ -109,10 +113,12 @@ class ChatDataModule(L.LightningDataModule):
         self.tokenizer, self.template, self.policy = tokenizer, template, policy
         self.truncation: Truncation = truncation
         self.layout: Layout = layout
-        self.shuffle, self.thresholds, self.preparation = shuffle, thresholds, preparation
+        self.shuffle, self.easy_first = shuffle, easy_first
+        self.thresholds, self.preparation = thresholds, preparation
         self.trust_remote_code = trust_remote_code
         self.view: View = ChatView()
         self._parts: dict[str, Part] = {}
+        self._by_rate: EasyFirst | None = None
         self._loaders: dict[str, Loader] = {}
         self._cursor = Cursor()
         self._check()
@@ -146,6 +152,11 @@ class ChatDataModule(L.LightningDataModule):
             )
         if view.samples and self.pack_to is not None:
             raise ValueError("data.pack_to is set, and answers to prompts are sampled one by one: remove data.pack_to")
+        if self.easy_first and "pass_rate" not in view.features:
+            raise ValueError(
+                "data.easy_first orders prompts whose answers are sampled (GRPO, PPO) by their pass_rate, and this "
+                f"objective learns from {view.record.__name__} records: remove data.easy_first"
+            )
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -177,6 +188,8 @@ class ChatDataModule(L.LightningDataModule):
             parts["val"] = self._part(val, (1.0,) * len(self.val_sources), None)
         elif fraction:
             parts["val"] = self._part(train, (1.0,) * len(weights), Split(fraction=fraction, held_out=True))
+        if self.easy_first:
+            self._by_rate = EasyFirst(parts["train"], seed=self.seed, shuffle=self.shuffle)
         self._parts = parts
 
     def _prepared(self, sources: list[Source]) -> Prepared:
@@ -262,6 +275,7 @@ class ChatDataModule(L.LightningDataModule):
             windows=self.view.windows,
             passes=self.view.passes,
             inner=position.inner,
+            order=self._by_rate.of_epoch(position.epoch) if self._by_rate else None,
         )
         if position.inner and plan.window_size != position.window:
             raise ValueError(
@@ -407,13 +421,15 @@ class ChatDataModule(L.LightningDataModule):
     def _identity(self) -> dict[str, Any]:
         """What a position in an epoch depends on, beside the code."""
         units = self._parts["train"].units
-        return {"of": units.entries, "tokens": units.tokens, "seed": self.seed, "shuffle": self.shuffle}
+        order = {"seed": self.seed, "shuffle": self.shuffle, "easy_first": self._by_rate and self._by_rate.digest}
+        return {"of": units.entries, "tokens": units.tokens, **order}
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last whole optimizer step; the same on every rank.
 
         ``epoch`` and ``units``, consumed in it over all ranks, with ``inner`` and ``window`` of a rollout that is not
-        done with, and what they depend on: ``of`` units an epoch, ``tokens``, ``seed`` and ``shuffle``.
+        done with, and what they depend on: ``of`` units an epoch, ``tokens``, ``seed``, ``shuffle`` and, of pass rates
+        that order them, a digest under ``easy_first``.
         """
         if not self._parts:
             return {}

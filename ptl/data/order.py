@@ -122,6 +122,8 @@ class Plan:
         windows: steps whose units are sampled together, for objectives that sample answers; see ``locate``.
         passes: how often those steps are walked before the next units are sampled.
         inner: steps that are done of the rollout that begins at ``start``.
+        order: gives the units, int64 [N], at positions of the epoch, where they are in another order than the seeded
+            or their own (``easy_first``); a bijection of [0, ``units``) that depends on data, seed and epoch alone.
     """
 
     units: int
@@ -135,6 +137,7 @@ class Plan:
     windows: int = 1
     passes: int = 1
     inner: int = 0
+    order: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         for name in ("world_size", "accumulate", "micro_batch_size", "windows", "passes"):
@@ -192,6 +195,8 @@ class Plan:
 
     def units_at(self, positions: np.ndarray) -> np.ndarray:
         """The units, int64 [N], at positions of the epoch."""
+        if self.order is not None:
+            return self.order(positions)
         return permute(positions, self.units, permutation_keys(self.seed, self.epoch)) if self.shuffle else positions
 
     def deal(

@@ -147,13 +147,14 @@ def position_of(state: Mapping[str, Any], identity: Mapping[str, Any]) -> Positi
     Raises:
         ValueError: it lies inside an epoch of other data, or of another order.
     """
-    changed = [f"{name} {state[name]} -> {value}" for name, value in identity.items() if state[name] != value]
+    changed = [f"{name} {state.get(name)} -> {value}" for name, value in identity.items() if state.get(name) != value]
     inner, window = state.get("inner", 0), state.get("window", 0)
     if changed and (0 < state["units"] < state["of"] or inner):
         raise ValueError(
             f"the checkpoint is {state['units']} of {state['of']} units into epoch {state['epoch']}, and the data is "
             f"not the same ({', '.join(changed)}; of: units an epoch): resume with the data.train, data.pack_to, "
-            "data.val_fraction, data.seed and data.shuffle of the run, or from a checkpoint at the end of an epoch"
+            "data.val_fraction, data.seed, data.shuffle and data.easy_first (with the same rates) of the run, or from "
+            "a checkpoint at the end of an epoch"
         )
     return Position(state["epoch"], identity["of"] if state["units"] == state["of"] else state["units"], inner, window)
 

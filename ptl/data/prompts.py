@@ -11,6 +11,7 @@ import numpy as np
 from datasets import Features, List, Value
 
 from ptl.data.batches import Layout
+from ptl.data.fields import rate_of
 from ptl.data.render import Renderer, RenderError, TooLong, Truncation
 from ptl.data.truncation import exchanges
 from ptl.data.views import Example, View
@@ -32,6 +33,7 @@ class PromptView(View):
         {
             "ids": List(Value("int32")),
             "prompt": Value("string"),
+            "pass_rate": Value("float32"),  # NaN where the row has none
             "length": Value("int32"),
             "weight": Value("float32"),
             "truncated": Value("bool"),
@@ -76,6 +78,7 @@ class PromptView(View):
         return {
             "ids": np.asarray(ids, np.int32),
             "prompt": written(replace(record, messages=messages)),
+            "pass_rate": rate_of(record.meta.get("pass_rate")),
             "length": len(ids),
             "weight": 1.0,
             "truncated": len(messages) < len(record.messages),

@@ -6,12 +6,13 @@ A row is a dict as a reader gives it. ``parse_row`` is pure: same row, same reco
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ptl.data.fields import required, said, system_turn, turns_of
+from ptl.data.fields import rate_of, required, said, system_turn, turns_of
 from ptl.data.messages import checked_text, kind, parse_content, parse_messages, parse_tools
 from ptl.data.rankings import parse_ranking
 from ptl.data.sources import BadRow, LeftOut, Source, renamed
@@ -57,11 +58,8 @@ def row_of(prompt: Prompt) -> dict[str, Any]:
 
 def _check_pass_rate(row: Mapping[str, Any], source: Source, low: float, high: float) -> None:
     value = required(row, "pass_rate", source)
-    try:
-        rate = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        rate = float("nan")
-    if not 0.0 <= rate <= 1.0:
+    rate = rate_of(value)
+    if math.isnan(rate):
         raise BadRow("wrong_type", f"pass_rate is {kind(value)}; expected a number from 0 to 1")
     if not low <= rate <= high:
         raise LeftOut("pass_rate", f"pass_rate is {rate:g}, outside of {low:g} to {high:g}")

@@ -234,7 +234,7 @@ def test_the_state_is_one_small_dict(tmp_path, make):
     run(tmp_path, make(), callbacks=[SaveAndStop(5, path)], max_epochs=2)
     state = torch.load(path, weights_only=True)["ChatDataModule"]
     place = {"epoch": 0, "units": 10, "inner": 0, "window": 0, "of": 23}
-    assert state == {**place, "tokens": state["tokens"], "seed": 3, "shuffle": True}
+    assert state == {**place, "tokens": state["tokens"], "seed": 3, "shuffle": True, "easy_first": None}
 
 
 def test_a_checkpoint_without_a_position_follows_lightning(tmp_path, make):
