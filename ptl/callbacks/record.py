@@ -8,6 +8,7 @@
     RUN/run.json         its id, also W&B's           RUN/deepspeed.json         DeepSpeed's config as its engine got it
     RUN/attempts.jsonl   starts and ends              RUN/metrics.jsonl          one row a log call (JsonlLogger)
     RUN/summary.json     the result                   RUN/checkpoints, RUN/export, RUN/samples.jsonl
+    RUN/pass_rates.jsonl rated prompts (PassRates)
 
 The command line writes ``config.yaml`` beside them. Rank 0 alone writes, each file whole or not at all, without
 secrets. A W&B logger is told the same.

@@ -65,12 +65,14 @@ class Reward(ABC):
         seconds: most time that a batch may take; one that takes longer is left alone and its answers fail with
             ``timeout``. None waits: for rewards that bound their own time, or that must run in the caller's thread,
             such as a model.
+        measured: names, behind its own and an underscore, of what ``take_measures`` may hold.
 
     Raises:
         ValueError: the weight is not a finite number.
     """
 
     seconds: ClassVar[float | None] = 300.0
+    measured: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, weight: float = 1.0, name: str | None = None) -> None:
         if not abs(weight) < float("inf"):
@@ -81,6 +83,10 @@ class Reward(ABC):
     @abstractmethod
     def score(self, completions: Sequence[Completion]) -> Sequence[Outcome]:
         """One outcome for each answer, in order. What it raises is counted as a failure of all of them."""
+
+    def take_measures(self) -> dict[str, tuple[float, float]]:
+        """What there is to log of the latest batch beside its outcomes, name -> (sum, weight); once."""
+        return {}
 
     def close(self) -> None:  # noqa: B027  (most have nothing to end)
         """Ends what the reward has started; called once when the run ends."""

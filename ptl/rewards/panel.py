@@ -31,7 +31,7 @@ class Judged(NamedTuple):
         outcomes: by reward, one for each answer.
         metrics: name -> (sum, weight), to be added up over ranks: ``reward``, and by reward ``<name>``,
             ``<name>_square``, and as shares of the answers ``<name>_absent`` and ``<name>_error``; ``<name>_ms`` is the
-            time an answer took.
+            time an answer took. Beside them what a reward measures itself, as ``<name>_<measure>``.
         errors: (reward, reason) -> answers.
     """
 
@@ -73,6 +73,12 @@ class RewardPanel:
         self._stuck: dict[str, threading.Thread] = {}
         self._told: set[tuple[str, str]] = set()
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names that ``Judged.metrics`` may hold."""
+        of = {reward.name: (*_SUFFIXES, *(f"_{name}" for name in reward.measured)) for reward in self.rewards}
+        return ("reward", *(f"{name}{suffix}" for name, suffixes in of.items() for suffix in suffixes))
+
     def score(self, completions: Sequence[Completion]) -> Judged:
         """Asks every reward about a batch of answers, whole groups or not.
 
@@ -86,6 +92,7 @@ class RewardPanel:
             began = time.perf_counter()
             found = self._ask(reward, completions)
             metrics |= _measures(reward.name, found, 1e3 * (time.perf_counter() - began))
+            metrics |= {f"{reward.name}_{name}": pair for name, pair in reward.take_measures().items()}
             outcomes[reward.name] = found
             failures = [outcome if isinstance(outcome, Failure) else None for outcome in found]
             errors.update((reward.name, failure.reason) for failure in failures if failure)
@@ -180,6 +187,10 @@ class RewardPanel:
                 f"where error_limit {self.error_limit:g} allows {self.error_limit * RECENT:g} in {RECENT}; the last: "
                 f"{failed[-1].detail or failed[-1].reason}. Mend the reward or its data, or raise error_limit"
             )
+
+
+_SUFFIXES = ("", "_square", "_absent", "_error", "_ms")
+"""Of a reward's name, for what ``_measures`` gives."""
 
 
 def checked(outcome: Any) -> Outcome:

@@ -39,7 +39,9 @@ class RewardModel(Reward):
 
     An answer fails as ``too_long`` where its conversation is longer than the model's window; as ``end_inside`` where it
     spells out the model's end of a turn, behind which it could praise itself in another's name; and with the renderer's
-    reason where the model's template cannot print it.
+    reason where the model's template cannot print it. What the window does is measured over all answers that were
+    asked about: ``<name>_too_long`` is the share that failed for it, ``<name>_cut`` the share that was scored without
+    the oldest turns of its prompt.
 
     Arguments:
         model: run folder, export, adapter folder or hub name of a reward model; or a list of them.
@@ -62,6 +64,7 @@ class RewardModel(Reward):
     """
 
     seconds = None
+    measured = ("cut", "too_long")
 
     def __init__(
         self,
@@ -97,6 +100,7 @@ class RewardModel(Reward):
         self._members: list[Opened] | None = None
         self._keeper = nn.Module()  # of the trainer's announcement of ZeRO-3; it must live as long as the reward
         self._shortened = self._asked = 0
+        self._measures: dict[str, tuple[float, float]] = {}
         for one in self.models:
             if Path(resolve_model(one).name).is_dir():
                 self._check_scale(one, reward_renderer(find_reward_model(one).name)[1])
@@ -105,8 +109,20 @@ class RewardModel(Reward):
         if not completions:
             return []
         judged = [self._judge(member, completions) for member in self._open()]
-        self._tell(completions, [any(isinstance(one, Scored) and one.shortened for one in own) for own in zip(*judged)])
-        return [self._outcome(own) for own in zip(*judged)]
+        outcomes: list[Outcome] = [self._outcome(own) for own in zip(*judged)]
+        shortened = [
+            isinstance(outcome, float) and any(isinstance(one, Scored) and one.shortened for one in own)
+            for outcome, own in zip(outcomes, zip(*judged))
+        ]
+        too_long = sum(isinstance(outcome, Failure) and outcome.reason == "too_long" for outcome in outcomes)
+        number = float(len(outcomes))
+        self._measures = {"cut": (float(sum(shortened)), number), "too_long": (float(too_long), number)}
+        self._tell(completions, shortened)
+        return outcomes
+
+    def take_measures(self) -> dict[str, tuple[float, float]]:
+        measures, self._measures = self._measures, {}
+        return measures
 
     def close(self) -> None:
         if self._shortened:

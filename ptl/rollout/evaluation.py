@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,31 @@ class Evaluation:
     def names(self) -> tuple[str, ...]:
         """What ``measures`` may return."""
         return tuple(f"{of}@{k}" for of in ("pass", "majority") for k in self.ks)
+
+
+class Rated(NamedTuple):
+    """How often one prompt was answered right.
+
+    Attributes:
+        row: of the prepared data.
+        right: right answers.
+        judged: answers of which that could be told.
+    """
+
+    row: int
+    right: int
+    judged: int
+
+    @classmethod
+    def of(cls, row: int, solved: Sequence[bool | None]) -> Rated:
+        """From what ``measures`` is given."""
+        judged = [right for right in solved if right is not None]
+        return cls(row, sum(judged), len(judged))
+
+    @property
+    def rate(self) -> float | None:
+        """The share of right answers, pass@1; None where none could be judged."""
+        return self.right / self.judged if self.judged else None
 
 
 def measures(

@@ -22,8 +22,8 @@ from ptl.rewards.base import Completion, Outcome
 from ptl.rewards.panel import RewardPanel
 from ptl.rollout.buffer import Answer, Buffer, Collation, Group
 from ptl.rollout.engine import Asked, Draw, Draws, Engine
-from ptl.rollout.evaluation import Evaluation, measures
-from ptl.rollout.ranks import agreed
+from ptl.rollout.evaluation import Evaluation, Rated, measures
+from ptl.rollout.ranks import agreed, of_all_ranks
 from ptl.rollout.sampling import numbered
 from ptl.rollout.settings import Rollout
 from ptl.rollout.shown import said_at_last
@@ -52,6 +52,7 @@ class Rollouts:
     Attributes:
         buffer: of the rollout that is trained on; None before the first.
         evaluated: the groups of the latest evaluation's last batch.
+        rated: how often each of its prompts was answered right.
     """
 
     def __init__(self, settings: Rollout, engine: Engine, panel: RewardPanel, tools: ToolUse | None = None) -> None:
@@ -59,14 +60,14 @@ class Rollouts:
         self._box = tools.toolbox() if tools else None
         self.buffer: Buffer | None = None
         self.evaluated: list[Group] = []
+        self.rated: list[Rated] = []
         self._restored: list[dict[str, Any]] | None = None
         self._sums: Sums = {}
 
     @property
     def metric_names(self) -> tuple[str, ...]:
         """Names that ``take_sums`` may hold."""
-        by_reward = [f"{r.name}{of}" for r in self.panel.rewards for of in ("", "_square", "_absent", "_error", "_ms")]
-        return ("reward", *by_reward, *_OWN, *(_TOOLS if self.tools else ()))
+        return (*self.panel.metric_names, *_OWN, *(_TOOLS if self.tools else ()))
 
     def collation(self, data: ChatDataModule) -> Collation:
         """How the buffer's batches are laid out."""
@@ -171,9 +172,10 @@ class Rollouts:
                 groups.extend(self._answered(draw, "val", rows, rows, draws, limit, data=data, version=version))
 
             agreed(strategy, work)
-        solver, self.evaluated = self.solver(how), groups
+        solver, self.evaluated, self.rated = self.solver(how), groups, []
         for group in groups:
             solved = [_solved(answer.outcomes[solver], how.threshold) for answer in group.answers]
+            self.rated.append(Rated.of(group.row, solved))
             found = measures(solved, [said_at_last(answer) for answer in group.answers], how.ks)
             found |= {
                 "length": (float(sum(len(answer.ids) for answer in group.answers)), float(len(group.answers))),
@@ -280,12 +282,7 @@ class Rollouts:
         """The buffers of all ranks, the same on each, where their rollout is ``unfinished``; collective then."""
         if not unfinished or self.buffer is None:
             return []
-        own = self.buffer.state()
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return [own]
-        states: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(states, own)
-        return states
+        return of_all_ranks(self.buffer.state())
 
     def load(self, states: list[dict[str, Any]]) -> None:
         """Keeps what a checkpoint holds until the first batch asks for it."""

@@ -30,6 +30,19 @@ class Fixed(Reward):
         return self.outcomes
 
 
+class Measuring(Fixed):
+    """Has something to log of a batch that it could judge."""
+
+    measured = ("cut",)
+
+    def score(self, completions):
+        self.held = {"cut": (1.0, float(len(completions)))}
+        return super().score(completions)
+
+    def take_measures(self):
+        return self.__dict__.pop("held", {})
+
+
 class Slow(Reward):
     """Waits until it is told to go on."""
 
@@ -214,3 +227,14 @@ def test_closing_the_panel_closes_its_rewards():
 
 def test_a_failure_is_what_it_says():
     assert Failure("timeout").reason == "timeout"
+
+
+# ---- what a reward measures itself ----
+
+
+def test_what_a_reward_measures_stands_under_its_name():
+    panel = RewardPanel([Measuring([1.0, 0.0], name="a"), Fixed([1.0, 1.0], name="b")])
+    metrics = panel.score([completion("a"), completion("b")]).metrics
+    assert metrics["a_cut"] == (1.0, 2.0) and "b_cut" not in metrics
+    assert set(metrics) == set(panel.metric_names)
+    assert "a_cut" not in panel.score([]).metrics  # nothing was asked, so nothing is measured again
