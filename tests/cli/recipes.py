@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 
 def run(folder: str, recipes: list[str]) -> dict[str, Any]:
     """Exit code, steps and exported files of each recipe."""
@@ -51,8 +53,10 @@ def run(folder: str, recipes: list[str]) -> dict[str, Any]:
             callback = {"class_path": "ptl.callbacks.distill_report.DistillReport", "init_args": report}
             arguments += ["--trainer.callbacks", json.dumps([callback])]
         if name.startswith("ppo"):
-            reward = {"class_path": "ptl.rewards.reward_model.RewardModel", "init_args": {"model": f"{folder}/scored"}}
+            [reward] = yaml.safe_load(Path(recipe).read_text())["model"]["init_args"]["rewards"]
+            reward["init_args"]["model"] = f"{folder}/scored"
             arguments += ["--model.rewards", json.dumps([reward]), "--model.critic.name", f"{folder}/scored"]
+            arguments += ["--model.warm_up", "1"]  # so that the second step trains the policy
         code = cli.main(arguments)
         export = Path(folder) / "runs" / name / "export"
         results[name] = {"code": code, "files": sorted(p.name for p in export.glob("*")) if export.exists() else []}

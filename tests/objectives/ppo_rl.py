@@ -46,6 +46,7 @@ def build(
     micro: int = 1,
     lora: bool = False,
     critic: str | None = None,
+    quantize: Any = None,
     ptx: bool = False,
     plain: bool = False,
     layout: str = "packed",
@@ -58,7 +59,8 @@ def build(
 ):
     """PPO and its data module, with SGD and two ragged answers to a prompt.
 
-    ``plain`` leaves out the divergence, the normaliser and the penalty.
+    ``plain`` leaves out the divergence, the normaliser and the penalty. ``quantize`` keeps policy and critic in codes,
+    each under an adapter.
     """
     from ptl.data.sources import Source
     from ptl.functional.kl import AdaptiveKL
@@ -69,7 +71,7 @@ def build(
     from ptl.rollout.selfcheck import SelfCheck
     from ptl.rollout.settings import Rollout
 
-    adapter = LoRA(rank=4, alpha=8) if lora else None
+    adapter = LoRA(rank=4, alpha=8) if lora or quantize else None
     how: dict[str, Any] = {
         "discount": DISCOUNT,
         "decay": DECAY,
@@ -83,11 +85,13 @@ def build(
         how["kl"] = AdaptiveKL(COEFFICIENT, target=TARGET, horizon=HORIZON)
         how |= {"normalise_rewards": CLIP, "missing_end_penalty": PENALTY}
     if critic is not None:
-        how["critic"] = ModelSpec(name=f"{folder}/{critic}")
+        how["critic"] = ModelSpec(
+            name=f"{folder}/{critic}", quantize=quantize, adapter=LoRA(rank=4, alpha=8) if quantize else None
+        )
     if ptx:
         how["ptx"] = PTX(sources=[Source(path=f"{folder}/chats.jsonl")], factor=PTX_FACTOR, rows=PTX_ROWS)
     objective = PPO(
-        ModelSpec(name=f"{folder}/model", adapter=adapter),
+        ModelSpec(name=f"{folder}/model", adapter=adapter, quantize=quantize),
         options.pop("rewards", None) or [rl.Vowels()],
         rollout=Rollout(**{"group_size": GROUP, "max_new_tokens": LONGEST, **(rollout or {})}),
         **{**how, **options},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from ptl.models.spec import LoRA, ModelSpec
 from ptl.objectives.ppo import PPO
 from ptl.objectives.ppo_targets import correlation
 from ptl.objectives.ptx import PTX, Mix
+from ptl.rewards.base import Completion, Outcome, Reward
 from ptl.rollout.selfcheck import SelfCheck
 from ptl.rollout.settings import Rollout
 from tests import tiny
 from tests.objectives import law, ppo_mdp, ppo_rl, rl
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +286,60 @@ def test_law_5_the_reference_is_frozen_and_saved_nowhere(folder, tmp_path, lora)
             assert torch.equal(value, start[name]), name
 
 
+# ---- in four bits ----
+
+
+class SaysA(Reward):
+    """The share of an answer's words that are ``a``."""
+
+    def score(self, completions: Sequence[Completion]) -> list[Outcome]:
+        return [one.text.split().count("a") / max(1, len(one.text.split())) for one in completions]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    """Models of 128 columns, which codes need on the CPU, whose answers end now and then."""
+    folder = tmp_path_factory.mktemp("wide")
+    tokenizer = rl.word_tokenizer([*law.WORDS, "a"])
+    tiny.save_folder(folder / "model", tokenizer, tie=False, hidden=128, initializer_range=0.1)
+    torch.manual_seed(5)
+    scored = AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=1)
+    scored.save_pretrained(folder / "critic")
+    tokenizer.save_pretrained(folder / "critic")
+    rl.write_rows(folder / "rows.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize("critic", [None, "critic"])
+def test_a_policy_in_four_bits_learns_and_its_codes_stay(wide, critic):
+    """Adapters, and the critic's head, are all that moves; the reference is the base in its codes."""
+    pytest.importorskip("bitsandbytes")
+    seen: list[float] = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+            groups = pl_module.rollouts.buffer.groups
+            seen.append(float(np.mean([answer.reward for group in groups for answer in group.answers])))
+
+    how: dict[str, Any] = {"quantize": "nf4", "critic": critic, "sgd": False, "lr": 1e-2, "rewards": [SaysA()]}
+    how |= {"kl": FixedKL(0.001), "normalise_rewards": True, "missing_end_penalty": 0.0, "rollout": {"group_size": 8}}
+    start, _ = fitted(wide, 1, **{**how, "lr": 1e-30})
+    objective, _ = fitted(wide, 24, callbacks=[Watch()], **how)
+    assert np.mean(seen[-4:]) > 2 * np.mean(seen[:4]), seen
+    before = {name: p.detach() for name, p in start.named_parameters()}
+    coded = 0
+    for name, p in objective.named_parameters():
+        moved = not torch.equal(p, before[name])
+        coded += p.dtype == torch.uint8
+        assert moved == p.requires_grad, name
+        assert p.requires_grad == (
+            "lora_" in name or name.startswith("value_head") or "score.modules_to_save" in name
+        ), name
+    layers = 7 * 2 * (1 if critic is None else 2)  # projections of two layers, of policy and critic
+    assert coded == layers
+    assert objective._reference.live is None  # no second copy of the policy
+
+
 # ---- checkpoints ----
 
 
@@ -301,6 +358,32 @@ def test_law_6_a_run_goes_on_in_the_middle_of_a_rollout(folder, tmp_path, stop, 
     for (name, one), other in zip(weights(whole).items(), weights(again).values(), strict=True):
         assert torch.equal(one, other), name
     assert whole.kl.value == again.kl.value and whole.normaliser.state_dict() == again.normaliser.state_dict()
+
+
+RESUMED: list[dict[str, Any]] = [
+    {"name": "ddp", "strategy": "ddp", "stops": [1, 3]},
+    {"name": "ddp-critic", "strategy": "ddp", "stops": [3], "critic": "critic"},
+    {"name": "zero2", "strategy": "zero2", "stops": [1, 3]},
+    {"name": "zero2-critic", "strategy": "zero2", "stops": [3], "critic": "critic"},
+    {"name": "zero3", "strategy": "zero3", "stops": [3]},
+]
+
+
+@pytest.fixture(scope="module")
+def resumed(folder) -> list[dict[str, Any]]:
+    args = {"folder": str(folder), "cases": RESUMED}
+    return run_ranks("tests.objectives.ppo_ranks:resumed", 2, args, timeout=240)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "stop"), [(case["name"], stop) for case in RESUMED for stop in case["stops"]])
+def test_law_6_ranks_go_on_in_the_middle_of_a_rollout(resumed, name, stop):
+    """Stops between the two steps of prompts, and within the second walk over them."""
+    found = [rank[name][str(stop)] for rank in resumed]
+    for rank in found:
+        assert rank["distance"] < 1e-6
+        assert rank["answers"] and rank["targets"] and rank["normaliser"] and rank["kl"]
+    assert found[0]["moved"] > 1e-3  # the steps after the stop are worth something
 
 
 @pytest.mark.parametrize(
