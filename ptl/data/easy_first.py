@@ -67,7 +67,7 @@ def _rates(part: Part) -> np.ndarray:
     """The pass rate of each unit, float32 [units]."""
     rows = part.units.rows(np.arange(len(part.units)))[0]
     table: Any = part.prepared.rows.select_columns(["pass_rate"]).with_format("arrow")[:]
-    rates = table.column("pass_rate").to_numpy()[rows]
+    rates = table.column("pass_rate").to_numpy()[rows]  # NaN for null
     unrated = np.flatnonzero(np.isnan(rates))
     if len(unrated):
         first = record_of(part.prepared.rows[int(rows[unrated[0]])]["prompt"]).origin

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,13 +19,13 @@ def required(row: Mapping[str, Any], key: str, source: Source) -> Any:
     return row[key]
 
 
-def rate_of(value: Any) -> float:
-    """A pass rate, a number from 0 to 1 or its text; NaN for anything else."""
+def rate_of(value: Any) -> float | None:
+    """A pass rate, a number from 0 to 1 or its text; None for anything else."""
     try:
-        rate = math.nan if isinstance(value, bool) else float(value)
+        rate = None if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
-        return math.nan
-    return rate if 0.0 <= rate <= 1.0 else math.nan
+        return None
+    return rate if rate is not None and 0.0 <= rate <= 1.0 else None
 
 
 def said(row: Mapping[str, Any], key: str, source: Source) -> str:

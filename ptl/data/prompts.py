@@ -33,7 +33,7 @@ class PromptView(View):
         {
             "ids": List(Value("int32")),
             "prompt": Value("string"),
-            "pass_rate": Value("float32"),  # NaN where the row has none
+            "pass_rate": Value("float32"),  # null where the row has none
             "length": Value("int32"),
             "weight": Value("float32"),
             "truncated": Value("bool"),

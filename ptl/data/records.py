@@ -6,7 +6,6 @@ A row is a dict as a reader gives it. ``parse_row`` is pure: same row, same reco
 from __future__ import annotations
 
 import ast
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -59,7 +58,7 @@ def row_of(prompt: Prompt) -> dict[str, Any]:
 def _check_pass_rate(row: Mapping[str, Any], source: Source, low: float, high: float) -> None:
     value = required(row, "pass_rate", source)
     rate = rate_of(value)
-    if math.isnan(rate):
+    if rate is None:
         raise BadRow("wrong_type", f"pass_rate is {kind(value)}; expected a number from 0 to 1")
     if not low <= rate <= high:
         raise LeftOut("pass_rate", f"pass_rate is {rate:g}, outside of {low:g} to {high:g}")

@@ -15,6 +15,7 @@ import ptl.objectives
 import ptl.rewards
 import ptl.rollout
 from docs import signatures
+from ptl.callbacks.pass_rates import PassRates
 from ptl.callbacks.record import RunRecord
 from ptl.objectives.base import Objective
 from ptl.rewards.base import Reward
@@ -57,7 +58,7 @@ def test_every_class_that_a_key_takes_has_its_table():
         (ptl.objectives, Objective, set()),
         (ptl.rewards, Reward, set()),
         (ptl.rollout, Engine, set()),
-        (ptl.callbacks, L.Callback, {RunRecord}),  # which the command adds, and no key names
+        (ptl.callbacks, L.Callback, {RunRecord, PassRates}),  # which the command adds, and no key names
     ],
     ids=["objectives", "rewards", "engines", "callbacks"],
 )
