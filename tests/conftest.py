@@ -19,6 +19,17 @@ from tests.ranks import EXTENSIONS
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that of two processes none is left alone with them: clusters, then ranks."""
+
+    def length(item: pytest.Item) -> int:
+        if "slurm" in item.path.parts:
+            return 0
+        return 1 if hasattr(getattr(item, "module", None), "run_ranks") else 2
+
+    items.sort(key=length)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """Byte-level BPE with ChatML tokens, ``<|im_end|>`` as EOS and PAD, and the ChatML template."""

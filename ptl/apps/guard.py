@@ -12,7 +12,7 @@ import hmac
 import ipaddress
 import secrets
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
@@ -195,8 +195,14 @@ def entrance(host: str, listener: socket.socket, name: str) -> tuple[Door, str]:
     return door, f"http://{shown}:{port}/?token={token}"
 
 
-def run(app: ASGIApp, listener: socket.socket) -> None:
-    """Serves until the process is told to stop."""
+def run(app: ASGIApp, listener: socket.socket, ready: Callable[[], None]) -> None:
+    """Serves until the process is told to stop; calls ``ready`` once requests are answered and Ctrl-C ends it well."""
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            ready()
+
     config = uvicorn.Config(
         app,
         loop="asyncio",
@@ -209,4 +215,4 @@ def run(app: ASGIApp, listener: socket.socket) -> None:
         server_header=False,
         timeout_graceful_shutdown=2,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config).run(sockets=[listener])

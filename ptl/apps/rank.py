@@ -84,9 +84,9 @@ def serve(args: argparse.Namespace) -> int:
         print(f"{len(items)} prompts of {path}; rankings go to {out} ({done} there, of {people} annotators)")
         if store.strangers:
             print(f"{store.strangers} rows of {out} are about prompts that are not in {path}; they stay as they are")
+        app = build_app(Session(items, store, args.seed, name, args.lang), door)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes the signal on once it has stopped
-            print(f"open {url}   (Ctrl-C stops)", flush=True)
-            run(build_app(Session(items, store, args.seed, name, args.lang), door), listener)
+            run(app, listener, lambda: print(f"open {url}   (Ctrl-C stops)", flush=True))
         done, people = store.count()
         store.close(settled=True)
         print(f"stopped; {out} has rankings of {done} prompts, counted for each of {people} annotators")

@@ -93,17 +93,21 @@ def serve(args: argparse.Namespace) -> int:
         sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
         desk = Desk(writer, renderer, box, sampling, args.tool_rounds)
         door, url = entrance(args.host, listener, "serve")
+        app = build_app(desk, args.name or args.model, door)
         with contextlib.suppress(KeyboardInterrupt):
-            base, _, query = url.partition("?")
-            print(f"OpenAI's API: base_url {base}v1{', api_key ' + query.removeprefix('token=') if query else ''}")
-            print(f"open {url}   (Ctrl-C stops)", flush=True)
-            run(build_app(desk, args.name or args.model, door), listener)
+            run(app, listener, lambda: _tell(url))
     finally:
         listener.close()
         box.close()
         if writer is not None:
             writer.close()
     return 0
+
+
+def _tell(url: str) -> None:
+    base, _, query = url.partition("?")
+    print(f"OpenAI's API: base_url {base}v1{', api_key ' + query.removeprefix('token=') if query else ''}")
+    print(f"open {url}   (Ctrl-C stops)", flush=True)
 
 
 def _writer(found: Found, args: argparse.Namespace) -> Writer:
