@@ -4,12 +4,13 @@ A step's verdict is a number on the device, the same on every rank. The fused op
 (``found_inf``, which torch's own gradient scaler uses): a step that is left out changes neither weights nor moments
 nor the optimizer's count, and one that is not is bit by bit what it would be without. Any other optimizer has its
 gradients taken away, which needs the verdict on the host: one wait a step. An engine that steps by itself, as ZeRO's,
-judges by itself.
+leaves out by itself what is not finite; what stands out is judged within its step, by hooks of the optimizer that it
+calls, once it has taken the norm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,7 @@ class StepGuard:
         device: of the gradients.
         world_size: ranks, which agree on each verdict.
         spike: what counts as a spike; None for nothing.
-        judges: whether the gradients are at hand; else the engine judges, and losses alone are watched.
+        judges: whether the gradients are at hand before the step; else the engine judges whether they are finite.
     """
 
     def __init__(self, device: torch.device, world_size: int, *, spike: Spike | None, judges: bool) -> None:
@@ -88,7 +89,12 @@ class StepGuard:
 
     def judge(self, step: int, gradients: list[Tensor]) -> Tensor:
         """The verdict on a step whose gradients are complete: 1 where it must be left out, float32 []; collective."""
-        norm = get_total_norm(gradients).float() if gradients else torch.zeros_like(self._bad_loss)
+        return self.judge_norm(
+            step, get_total_norm(gradients).float() if gradients else torch.zeros_like(self._bad_loss)
+        )
+
+    def judge_norm(self, step: int, norm: Tensor) -> Tensor:
+        """The same of gradients of which the norm is known, float32 []; collective."""
         self.norm = norm
         flags = [self._bad_loss, (~torch.isfinite(norm)).to(self._bad_loss), torch.zeros_like(norm)]
         if self._spike is not None:
@@ -106,7 +112,7 @@ class StepGuard:
         return bad
 
     def stepped(self, step: int) -> None:
-        """Notes a step that an engine has judged."""
+        """Notes a step on which an engine alone has judged."""
         self._note(
             step, torch.stack([self._bad_loss, *self._bad_loss.new_zeros(2), self._bad_loss.new_full((), torch.nan)])
         )
@@ -135,20 +141,30 @@ def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p.grad for p in _parameters(optimizer) if p.grad is not None]
 
 
-def withhold(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
-    """Has the step that is under way leave everything as it is where ``bad`` is 1; between backward and step."""
+def withhold(optimizer: torch.optim.Optimizer, bad: Tensor) -> list[tuple[Any, Tensor]]:
+    """Has the step that is under way leave everything as it is where ``bad`` is 1; between backward and step.
+
+    Returns:
+        Parameters whose gradients were taken away, and these.
+    """
     if all(group.get("fused") for group in optimizer.param_groups):
         optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
-    elif bool(bad):
+        return []
+    if not bool(bad):
+        return []
+    taken = [(p, p.grad) for p in _parameters(optimizer) if p.grad is not None]
+    for parameter, _ in taken:
         # Every optimizer passes over a parameter without a gradient: no decay, no momentum, no count.
-        for parameter in _parameters(optimizer):
-            parameter.grad = None
+        parameter.grad = None
+    return taken
 
 
-def release(optimizer: torch.optim.Optimizer) -> None:
-    """Takes back what ``withhold`` has told the optimizer."""
+def release(optimizer: torch.optim.Optimizer, taken: Iterable[tuple[Any, Tensor]] = ()) -> None:
+    """Takes back what ``withhold`` has told the optimizer, and gives back gradients that it took."""
     if hasattr(optimizer, "found_inf"):
         del optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
+    for parameter, gradient in taken:
+        parameter.grad = gradient
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Any]:

@@ -50,6 +50,14 @@ class EngineStrategy(Protocol):
         """Whether the engine does that; where it does not, the gradients are as they are without an engine."""
         ...
 
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that the engine calls, once or more a step, to change weights, or ValueError."""
+        ...
+
+    def step_norm(self) -> Tensor:
+        """Within a call of the inner optimizer: norm of the step's gradients over all ranks, before clipping."""
+        ...
+
 
 class Health(L.Callback):
     """Leaves out steps that would break the weights, and ends a run of which step after step has to be left out.
@@ -63,8 +71,9 @@ class Health(L.Callback):
     After ``max_skipped_in_a_row`` steps the run goes back to its newest checkpoint from before them, with the data from
     behind them, in a new attempt (``ptl.callbacks.rewind``), at most ``max_rewinds`` times.
 
-    ZeRO judges gradients by itself (but for stage 0 in fp32), and takes the norm inside its step: no ``spike`` there.
-    With ``16-mixed`` the gradient scaler leaves steps out by itself, as part of finding its scale.
+    ZeRO (but for stage 0 in fp32) leaves out by itself what is not finite, and takes the norm inside its step, where
+    ``spike`` then judges it. With ``16-mixed`` the gradient scaler leaves steps out by itself, as part of finding its
+    scale: no ``spike`` there.
 
     At the start of a fit on a CPU that has no fast bf16, a line says so where the run would compute in it.
 
@@ -78,7 +87,7 @@ class Health(L.Callback):
     Raises:
         RewindError: from the training loop, on every rank: the next attempt goes on from an earlier checkpoint.
         DivergedError: from there too: there is no checkpoint, or there were too many rewinds.
-        ValueError: a number out of its range, or ``spike`` where no gradient is at hand.
+        ValueError: a number out of its range, or ``spike`` where nobody can judge the gradient before it is applied.
     """
 
     def __init__(
@@ -104,6 +113,9 @@ class Health(L.Callback):
         self._engine_total = 0
         self._scaled = False
         self._engine_skipped: dict[int, bool] = {}
+        self._hooks: list[Any] = []
+        self._bad: Tensor | None = None
+        self._taken: list[tuple[Any, Tensor]] = []
         self._rows: dict[int, list[Tensor]] = {}
         self._skipped = 0
         self._row: list[Verdict] = []
@@ -125,15 +137,20 @@ class Health(L.Callback):
         strategy: Any = trainer.strategy
         self._engine = strategy if isinstance(strategy, EngineStrategy) and strategy.judges_steps() else None
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        if self.spike is not None and (self._engine is not None or scaled):
+        if self.spike is not None and scaled:
             raise ValueError(
-                f"health.spike needs the gradients before the step, and {type(strategy).__name__} with precision "
-                f"{trainer.precision} steps by itself: remove health.spike, or use trainer.strategy ddp and bf16"
+                f"health.spike needs the gradients as they are, and with trainer.precision {trainer.precision} they "
+                "are scaled: remove health.spike, or set trainer.precision to bf16-mixed, bf16-true or 32-true"
             )
         self._scaled = scaled
         judges = self._engine is None
         self._guard = StepGuard(trainer.strategy.root_device, trainer.world_size, spike=self.spike, judges=judges)
         self._engine_skipped, self._rows, self._row = {}, {}, []
+        self._bad, self._taken = None, []
+        if self._engine is not None and self.spike is not None:
+            inner = self._engine.inner_optimizer()
+            before = inner.register_step_pre_hook(self._before_update)
+            self._hooks = [before, inner.register_step_post_hook(self._after_update)]
         self._global_step = trainer.global_step
         self._engine_total = self._engine.skipped_steps() if self._engine else 0
         rewind = apply_rewind(trainer)
@@ -159,6 +176,19 @@ class Health(L.Callback):
             if not self._scaled:
                 withhold(optimizer, bad)
 
+    def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Judges an engine's step before the first part of it, and keeps every part from changing anything."""
+        if self._guard is None or self._engine is None:
+            return
+        if self._bad is None:
+            self._bad = self._guard.judge_norm(self._global_step + 1, self._engine.step_norm())
+        self._taken = withhold(optimizer, self._bad)
+
+    def _after_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Gives the engine its gradients back: of an offloaded optimizer they are the buffers of the next step."""
+        release(optimizer, self._taken)
+        self._taken = []
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -173,7 +203,9 @@ class Health(L.Callback):
         if self._engine is not None:
             total = self._engine.skipped_steps()
             self._engine_skipped[step], self._engine_total = total > self._engine_total, total
-            self._guard.stepped(step)
+            if self._bad is None:
+                self._guard.stepped(step)
+            self._bad = None
         for optimizer in trainer.optimizers:
             release(optimizer)
         if self._due(trainer, step):
@@ -187,6 +219,9 @@ class Health(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._look(trainer)
         self._guard = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self._skipped}

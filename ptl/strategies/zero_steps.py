@@ -82,6 +82,44 @@ class SteppedZeRO(CheckpointedZeRO):
         """Whether the engine leaves out a step whose gradients are not finite: always but for stage 0 in fp32."""
         return self.engine is not None and hasattr(self.engine.optimizer, "overflow")
 
+    def inner_optimizer(self) -> Optimizer:
+        """The optimizer that the engine calls, once or more a step, with a part of the parameters each time.
+
+        Each time the gradients of that part are complete and clipped, and its weights are as they were: torch's own
+        ``register_step_pre_hook`` comes before any change.
+
+        Raises:
+            ValueError: a setting by which the engine also changes weights without it, or takes no norm before.
+        """
+        assert self.engine is not None
+        zero = self._settings["zero_optimization"]
+        offload = zero.get("offload_optimizer") or {}
+        scaled = getattr(self.engine.optimizer, "torch_autocast_gradscaler", None) is not None
+        for key, got, expected in (
+            ("zero_optimization.compute_grad_norm", zero.get("compute_grad_norm", True), True),
+            ("zero_optimization.offload_optimizer.super_offload", offload.get("super_offload", False), False),
+            ("zero_optimization.offload_optimizer.ratio", float(offload.get("ratio", 1.0)), 1.0),
+            ("torch_autocast.dtype", "float16" if scaled else "bfloat16", "bfloat16"),
+        ):
+            if got != expected:
+                raise ValueError(
+                    f"strategy config: no step can be judged before it is taken with {key} {got}: set it to "
+                    f"{expected}, or remove health.spike"
+                )
+        optimizer: Any = self.engine.basic_optimizer
+        return optimizer
+
+    def step_norm(self) -> Tensor:
+        """Norm of the step's gradient over all ranks, before clipping, float32 []; while ``inner_optimizer`` steps.
+
+        DeepSpeed's own door, ``get_global_grad_norm``, still says the norm of the step before; it takes it, once this
+        step is done, from where it is read here.
+        """
+        assert self.engine is not None
+        optimizer: Any = self.engine.optimizer
+        norm = optimizer._global_grad_norm
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.root_device)
+
     def _measured(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Takes the norm between backward and step at stage 0, where the engine takes none in fp32."""
         if self.stage > 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ptl.callbacks.checkpoint import Checkpoint
+from ptl.callbacks.guard import Spike
 from ptl.callbacks.health import DivergedError, Health, RewindError
 from ptl.callbacks.jsonl import read_metrics, read_rows
 from ptl.callbacks.record import RunRecord
@@ -65,14 +68,16 @@ class Rows(L.Callback):
 
 
 class Kinds(Toy):
-    """A toy with the optimizer of a kind."""
+    """A toy with the optimizer of a kind, of one group or of two."""
 
-    def __init__(self, kind: str, **options: Any) -> None:
+    def __init__(self, kind: str, *, groups: bool = False, **options: Any) -> None:
         super().__init__(**options)
-        self.kind = kind
+        self.kind, self.groups = kind, groups
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        parameters = list(self.parameters())
+        parameters: list[Any] = list(self.parameters())
+        if self.groups:
+            parameters = [{"params": parameters[::2]}, {"params": parameters[1::2], "weight_decay": 0.0}]
         if self.kind == "sgd":
             return torch.optim.SGD(parameters, lr=self.lr, momentum=0.9, weight_decay=0.1)
         return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.1, fused=self.kind == "fused")
@@ -85,8 +90,10 @@ def guarded(folder: str, model: str, data: str) -> dict[str, Any]:
         "diverged": diverged(root / "diverged"),
         "ddp": skipped(root / "ddp", "ddp"),
         **{f"zero{stage}": skipped(root / f"zero{stage}", stage) for stage in (0, 2, 3)},
+        "spiked": {name: spiked(root / "spiked" / name, **how) for name, how in SPIKED.items()},
         "refused": refused(root / "refused"),
         "rewound": rewound(root / "rewound", Path(model), Path(data)),
+        "rewound from spikes": rewound(root / "spikes", Path(model), Path(data), spikes=True),
         "slowed": slowed(root / "slowed"),
     }
 
@@ -121,24 +128,78 @@ def skipped(folder: Path, kind: Any) -> dict[str, Any]:
     return out
 
 
-def refused(folder: Path) -> str:
-    """Spikes under ZeRO."""
-    from ptl.callbacks.guard import Spike
+SPIKED: dict[str, dict[str, Any]] = {
+    "zero1": {"stage": 1, "kind": "fused", "accumulate": 2},
+    "zero1 groups": {"stage": 1, "kind": "adamw", "groups": True},
+    "zero2": {"stage": 2, "kind": "sgd"},
+    "zero2 offloaded": {"stage": 2, "kind": "adamw", "offload": True},
+    "zero3": {"stage": 3, "kind": "fused", "accumulate": 2},
+    "zero3 offloaded": {"stage": 3, "kind": "adamw", "offload": True, "groups": True},
+    "zero0 bf16": {"stage": 0, "kind": "fused", "precision": "bf16-true"},
+    "zero3 bf16": {"stage": 3, "kind": "sgd", "precision": "bf16-true"},
+}
+"""All but stage 0 in fp32, where the guard has the gradients before the step."""
 
+
+def spiked(
+    folder: Path,
+    *,
+    stage: Any,
+    kind: str,
+    accumulate: int = 1,
+    offload: bool = False,
+    groups: bool = False,
+    precision: str = "32-true",
+) -> dict[str, Any]:
+    """One rank's loss is far too large at step 7 of 9: weights and moments at the end, and without that step's data."""
+    out: dict[str, Any] = {}
+    for name, steps in (("with", 9), ("without", 8)):
+        batches = numbered(9 * accumulate)
+        if name == "without":
+            del batches[6 * accumulate : 7 * accumulate]
+        strategy = ZeROStrategy(stage=stage, offload_optimizer=offload)
+        poison = [Poison([7], factor=1000.0, on=1)] if name == "with" else []
+        spike = Spike(least=6, window=16) if name == "with" else None
+        options = {"accumulate_grad_batches": accumulate, "precision": precision, "max_steps": steps}
+        module, health = Kinds(kind, groups=groups), Health(every_n_steps=4, spike=spike)
+        fit = trainer(folder / name, [*poison, health], strategy=strategy, devices=2, gradient_clip_val=0.5, **options)
+        fit.fit(module, loader(batches))
+        assert strategy.engine is not None
+        state = strategy.engine.basic_optimizer.state.values()
+        whole = consolidated_state_dict(module.policy) or {}
+        own = [_digest(module.policy.parameters()), _digest(v for values in state for v in values.values())]
+        out[name] = [*own, _digest(whole.values())]
+        out[f"{name} steps"] = [fit.global_step, strategy.skipped_steps()]
+    for file, rows in (("skipped.jsonl", read_rows), ("metrics.jsonl", read_metrics)):
+        out[file] = rows(folder / "with" / file) if rank() == 0 else None
+    return out
+
+
+def _digest(tensors: Iterable[Any]) -> str:
+    found = sha256()
+    for tensor in tensors:
+        found.update(torch.as_tensor(tensor).detach().float().numpy().tobytes())
+    return found.hexdigest()
+
+
+def refused(folder: Path) -> str:
+    """Spikes where DeepSpeed takes no norm."""
+    strategy = ZeROStrategy(stage=2, config={"zero_optimization": {"compute_grad_norm": False}})
     try:
-        fit = trainer(folder, [Health(spike=Spike())], strategy=ZeROStrategy(stage=2), devices=2, max_steps=1)
+        fit = trainer(folder, [Health(spike=Spike())], strategy=strategy, devices=2, max_steps=1)
         fit.fit(Toy(), loader(numbered(1)))
     except ValueError as error:
         return str(error)
     return ""
 
 
-def rewound(folder: Path, model: Path, data: Path) -> dict[str, Any]:
+def rewound(folder: Path, model: Path, data: Path, *, spikes: bool = False) -> dict[str, Any]:
     """A rewind under ZeRO-2, whose checkpoints are folders: what each attempt trained on."""
+    factor, spike = (1e6, Spike(deviations=100, least=3, window=8)) if spikes else (float("nan"), None)
     out: dict[str, Any] = {}
     for name, poison in (("first", [5, 6]), ("second", [])):
-        rows, health = Rows(), Health(max_skipped_in_a_row=2)
-        callbacks = [Poison(poison, on=1), rows, health, Checkpoint(save_top_k=-1, every_n_train_steps=1)]
+        rows, health = Rows(), Health(max_skipped_in_a_row=2, spike=spike)
+        callbacks = [Poison(poison, factor, on=1), rows, health, Checkpoint(save_top_k=-1, every_n_train_steps=1)]
         fit = trainer(
             folder,
             [*callbacks, RunRecord(folder)],

@@ -9,7 +9,7 @@ from ptl.callbacks.guard import Spike
 from ptl.callbacks.health import DivergedError, Health
 from ptl.callbacks.jsonl import read_metrics, read_rows
 from ptl.callbacks.stragglers import Pace, Stragglers, over_median
-from tests.callbacks.guard_parts import Kinds, Poison, numbered
+from tests.callbacks.guard_parts import SPIKED, Kinds, Poison, numbered
 from tests.callbacks.parts import loader, trainer
 from tests.callbacks.real import make_inputs
 from tests.ranks import run_ranks
@@ -22,7 +22,7 @@ def guarded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guarded")
     model, data = make_inputs(folder / "inputs")
     args = {"folder": str(folder), "model": str(model), "data": str(data)}
-    return run_ranks("tests.callbacks.guard_parts:guarded", 2, args, timeout=200)
+    return run_ranks("tests.callbacks.guard_parts:guarded", 2, args, timeout=400)
 
 
 def state_after(folder, kind, batches, *, steps, callbacks, **options):
@@ -138,19 +138,39 @@ def test_both_ranks_stop_when_one_loss_breaks(guarded):
     assert one == other and one["newest"] == "step=00000004.ckpt"
 
 
-def test_spikes_are_refused_where_no_gradient_is_at_hand(guarded):
-    assert all("health.spike" in result["refused"] and "ZeROStrategy" in result["refused"] for result in guarded)
+@pytest.mark.parametrize("name", SPIKED)
+def test_law_7_one_ranks_spike_is_left_out_by_the_engine_of_both(guarded, name):
+    """Weights, moments and counts are bit by bit those of a run without that step's data, on each rank."""
+    for result in guarded:
+        spiked = result["spiked"][name]
+        assert spiked["with"] == spiked["without"]
+        # What DeepSpeed itself has skipped is another count, of what overflows.
+        assert (spiked["with steps"], spiked["without steps"]) == ([9, 0], [8, 0])
+    result = guarded[0]["spiked"][name]
+    assert result["with"][0] == guarded[1]["spiked"][name]["with"][0]
+    [noted] = result["skipped.jsonl"]
+    rows = [[24, 25, 26, 27]] if SPIKED[name].get("accumulate") else [[12, 13]]
+    assert (noted["step"], noted["reason"], noted["rows"]) == (7, "spike", rows * 2) and noted["grad_norm"] > 50
+    key = "health/skipped_steps"
+    assert [(row["step"], row[key]) for row in result["metrics.jsonl"] if key in row] == [(3, 0.0), (7, 1.0)]
 
 
-def test_a_rewind_under_zero(guarded):
+def test_spikes_are_refused_where_no_norm_is_taken_before_the_step(guarded):
+    for result in guarded:
+        assert "compute_grad_norm False: set it to True, or remove health.spike" in result["refused"]
+
+
+@pytest.mark.parametrize("why", ["rewound", "rewound from spikes"])
+def test_a_rewind_under_zero(guarded, why):
     """Two steps an epoch of six rows: steps 5 and 6 break, and what follows step 4 is the data of step 7."""
     for result in guarded:
-        rewound = result["rewound"]
+        rewound = result[why]
+        assert ("spikes" in rewound["error"]) == ("spikes" in why)
         assert "since optimizer step 5" in rewound["error"] and rewound["rewind"] == [4, 6]
         assert rewound["aside"] == ["step=00000005.ckpt"]
         assert (rewound["second"]["step"], rewound["second"]["epoch"]) == (6, 4)
-    first, second = ({int(s): r for s, r in guarded[0]["rewound"][n]["rows"].items()} for n in ("first", "second"))
-    other = {int(s): r for s, r in guarded[1]["rewound"]["second"]["rows"].items()}
+    first, second = ({int(s): r for s, r in guarded[0][why][n]["rows"].items()} for n in ("first", "second"))
+    other = {int(s): r for s, r in guarded[1][why]["second"]["rows"].items()}
     assert sorted(first) == [1, 2, 3, 4, 5, 6] and sorted(second) == sorted(other) == [5, 6]
     # What is left is the last epoch, each row once.
     assert sorted(row for rows in [*second.values(), *other.values()] for row in rows) == list(range(12))
