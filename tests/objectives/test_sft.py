@@ -161,7 +161,10 @@ def test_a_window_without_a_trained_token_changes_nothing(folder):
     data.prepare()
     batch = next(iter(data.train_dataloader()))
     empty = batch._replace(
-        loss_mask=torch.zeros_like(batch.loss_mask), window_weight=torch.zeros((), dtype=torch.float64)
+        loss_mask=torch.zeros_like(batch.loss_mask),
+        window_weight=torch.zeros((), dtype=torch.float64),
+        trained=None,
+        host_trained=None,
     )
     objective.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     objective.trainer.datamodule = data  # pyright: ignore[reportAttributeAccessIssue]
