@@ -105,11 +105,13 @@ class Fork:
 
 def main() -> None:
     """The process that forks: a job a line on its input, ``[pid, null]`` and ``[pid, code]`` on its output."""
+    said = os.dup(1)
+    os.dup2(2, 1)  # what an import prints is no answer
     for name in IMPORTS:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # so that a collection in a fork does not copy every page
-    rest, said = b"", sys.stdout.fileno()
+    rest = b""
     while True:
         if select.select([0], [], [], 0.05)[0]:
             data = os.read(0, 65536)

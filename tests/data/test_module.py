@@ -84,7 +84,8 @@ def test_workers_give_the_same_batches(chats, model_folder):
         streams.append(list(data.train_dataloader()))
         data.teardown("fit")
     for a, b in zip(*streams, strict=True):
-        assert all(torch.equal(x, y) if x is not None else y is None for x, y in zip(a, b, strict=True))
+        for x, y in zip(a, b, strict=True):
+            assert (x is None) == (y is None) and (x is None or torch.equal(torch.as_tensor(x), torch.as_tensor(y)))
 
 
 def test_the_loader_leaves_the_random_state_alone_and_waits_for_its_first_batch(chats, model_folder):

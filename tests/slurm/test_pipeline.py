@@ -66,6 +66,7 @@ def test_three_stages_take_each_others_exports(cluster, rows, tmp_path):
     assert names == ["study-sft", "study-reward", "study-distilled"]
 
 
+@pytest.mark.slow
 def test_a_stage_may_be_another_command_whose_tasks_share_the_work(cluster, rows, tmp_path):
     study, out = tmp_path / "study", tmp_path / "answers.jsonl"
     sft = "--model ptl.objectives.sft.SFT "

@@ -133,6 +133,7 @@ def test_law_6_two_nodes_work_goes_on_on_one(cluster, folder, requeued, whole, t
     assert_same(run, whole / "zero2", exactly=False)
 
 
+@pytest.mark.slow
 def test_law_6_one_nodes_work_goes_on_on_two_and_other_runs_are_left_alone(cluster, folder, whole, tmp_path):
     """Starts in a folder with another run's checkpoint, which must not be taken for its own."""
     run = tmp_path / "run"
@@ -183,6 +184,8 @@ def test_law_6_the_time_limit_loses_nothing(cluster, folder, whole, tmp_path):
     assert_same(run, whole / "zero2")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_law_6_twenty_kills_while_saving_never_cost_a_whole_checkpoint(cluster, folder, tmp_path):
     """Both ranks of a ZeRO-2 run are killed at random moments of a save, and each next attempt goes on."""
     run, whole = tmp_path / "run", tmp_path / "whole"
