@@ -163,8 +163,11 @@ class Checkpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if not self._ends_step(trainer, batch_idx):
+            # Lightning would write the step that a run has resumed from once more, in the place of what it came from.
+            return
         step = trainer.global_step
-        if self._agreement is not None and self._ends_step(trainer, batch_idx):
+        if self._agreement is not None:
             waited = (time.monotonic() - self._saved_at) / 60
             due = bool(self.every_n_minutes) and trainer.is_global_zero and waited >= (self.every_n_minutes or 0)
             failing = self._staging is not None and self._staging.failed
@@ -175,9 +178,6 @@ class Checkpoint(ModelCheckpoint):
         if self.monitor is None and step != trainer.max_steps and pauses_after(trainer, batch_idx):
             every = self._every_n_train_steps
             self._deferred = self._wanted or bool(every and step and step % every == 0)
-            return
-        if not self._ends_step(trainer, batch_idx):
-            # Lightning would save the step that a run has resumed from once more, without this window's gradients.
             return
         self._timed(super().on_train_batch_end, trainer, pl_module, outputs, batch, batch_idx)
         if step == trainer.max_steps:

@@ -153,7 +153,7 @@ def test_law_6_a_resumed_run_ends_with_the_same_weights(tmp_path):
 
 
 def test_law_6_a_resumed_run_saves_nothing_within_an_accumulation_window(tmp_path):
-    """Such a checkpoint would lack the gradients so far, and take the place of the one that was resumed from."""
+    """Lightning would write the step of the resume again, in the place of what it came from: a kill loses both."""
     saved: list[tuple[int, int]] = []
 
     class Look(Checkpoint):
