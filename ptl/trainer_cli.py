@@ -30,6 +30,7 @@ from ptl.callbacks.export import Export
 from ptl.callbacks.facts import run_tags
 from ptl.callbacks.health import DivergedError, Health, RewindError
 from ptl.callbacks.jsonl import JsonlLogger
+from ptl.callbacks.occupied import occupy
 from ptl.callbacks.pass_rates import PassRates
 from ptl.callbacks.preemption import Preemption
 from ptl.callbacks.record import RunRecord, run_folder
@@ -132,6 +133,8 @@ class PTLCLI(LightningCLI):
         run: Run = self._get(self.config_init, "run") or Run()
         self.run_dir = run_dir(run, type(self.model).__name__.lower())
         if self.subcommand == "fit":
+            if rank_zero_only.rank == 0:
+                self.occupied = occupy(self.run_dir)  # kept: closing it would let go of the folder
             self.resume_from = _checkpoint_of(self.run_dir, run.resume)
         given = self._get(self.config_init, "trainer.logger")
         loggers: list[Logger] = [] if given in (None, True, False) else given if isinstance(given, list) else [given]

@@ -66,10 +66,14 @@ launch() {
   local code=0 first
   srun --kill-on-bad-exit=1 --output="$logs/rank%t.log" --open-mode=append "${srun_options[@]}" \
     "${container_command[@]}" "$@" 2>"$logs/srun.log" || code=$?
-  first=$(grep -m 1 -oE 'tasks? [0-9,-]+: [A-Z].*' "$logs/srun.log" | grep -oE 'Exited with exit code [0-9]+')
+  first=$(grep -m 1 -oE 'tasks? [0-9,-]+: [A-Z].*' "$logs/srun.log")
   cat "$logs/srun.log" >&2
-  first=${first##* }
-  return "${first:-$code}"
+  case $first in
+    *'Exited with exit code '*) code=${first##* } ;;
+    *Killed*) code=137 ;;
+    *'Segmentation fault'*) code=139 ;;
+  esac
+  return "$code"
 }
 
 # fit ARGUMENTS...: `ptl fit` on every task; goes on where an earlier start of the job has stopped, and ends the job.
