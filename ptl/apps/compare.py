@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="of the project: group, tags, job_type, name, state, or a configuration key such as model.optimizer.lr",
     )
+    top.add_argument("--report", action="store_true", help="write a W&B report into the project")
     top.add_argument("--price", type=float, metavar="AMOUNT", help="of one device for an hour")
     form = top.add_mutually_exclusive_group()
     for name in ("csv", "markdown", "json"):
@@ -49,23 +50,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns 0, or 2 after one line on stderr."""
+    """The command; returns 0, or after one line on stderr 1 where only W&B's server failed, else 2."""
     try:
         args = parser().parse_args(list(argv))
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
-        compare(args)
+        return compare(args)
     except (ValueError, OSError) as mistake:
         if os.environ.get("PTL_TRACEBACK"):
             raise
         print(f"ptl compare: error: {mistake}", file=sys.stderr)
         return 2
-    return 0
 
 
-def compare(args: argparse.Namespace) -> None:
+def compare(args: argparse.Namespace) -> int:
     """Reads, compares, prints and writes.
+
+    Returns:
+        0, or 1 where W&B's server failed: what could be done without it is done.
 
     Raises:
         ValueError: no run is there, or an argument does not fit the runs.
@@ -73,26 +76,50 @@ def compare(args: argparse.Namespace) -> None:
     from ptl.apps.comparing.configs import grouped
     from ptl.apps.comparing.gather import joined_runs
     from ptl.apps.comparing.summary import compared
+    from ptl.apps.comparing.wandb_online import ServerError
+    from ptl.apps.comparing.wandb_report import write_report
 
+    _check(args)
+    runs, missing = _read(args)
+    runs, lines = joined_runs(runs)
+    grouping = grouped(runs, args.by)
+    comparison = compared(runs, grouping, metrics=args.metric, price=args.price)
+    mixed = [f"Groups are by {args.by} alone: inside of them {', '.join(grouping.mixed)} vary"] * bool(grouping.mixed)
+    away = [f"The runs of {args.project} are missing: W&B's server could not be read"] * bool(missing)
+    comparison["notes"] = [*away, *lines, *_notes(runs), *mixed]
+    _print(comparison, args.form)
+    if args.out:
+        _write(comparison, runs, Path(args.out).expanduser(), quiet=args.form is not None)
+    trouble = missing
+    if args.report and not missing:
+        try:
+            url = write_report(comparison, runs, args.project, mixed)
+            print(f"report: {url}", file=sys.stderr if args.form else sys.stdout)
+        except ServerError as problem:
+            trouble = str(problem)
+    if trouble:
+        print(f"ptl compare: error: {trouble}", file=sys.stderr)
+    return 1 if trouble else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ``ValueError`` where arguments do not fit each other."""
     if args.price is not None and not (math.isfinite(args.price) and args.price >= 0):
         raise ValueError(f"--price got {args.price}, expected 0 or more: the price of one device for an hour")
     if not args.runs and not args.project:
         raise ValueError("got no run, expected run folders, W&B folders or --project ENTITY/PROJECT: name some")
     if args.filter and not args.project:
         raise ValueError("--filter got no server to ask, expected --project ENTITY/PROJECT beside it: add it")
-    runs, lines = joined_runs(_read(args))
-    grouping = grouped(runs, args.by)
-    comparison = compared(runs, grouping, metrics=args.metric, price=args.price)
-    comparison["notes"] = [*lines, *_notes(runs)]
-    if grouping.mixed:
-        comparison["notes"].append(f"Groups are by {args.by} alone: inside of them {', '.join(grouping.mixed)} vary")
-    _print(comparison, args.form)
-    if args.out:
-        _write(comparison, runs, Path(args.out).expanduser(), quiet=args.form is not None)
+    if args.report and not args.project:
+        raise ValueError("--report got no online run, expected --project ENTITY/PROJECT beside it: add it")
+    if args.report:
+        from ptl.apps.comparing.wandb_report import need_workspaces
+
+        need_workspaces()
 
 
-def _read(args: argparse.Namespace) -> list[Run]:
-    """The runs that the arguments name, with progress on a terminal."""
+def _read(args: argparse.Namespace) -> tuple[list[Run], str | None]:
+    """The runs that the arguments name, with progress on a terminal, and why those of the server are missing."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
@@ -104,10 +131,15 @@ def _read(args: argparse.Namespace) -> list[Run]:
         task = progress.add_task("", total=len(sources))
         runs = read(sources, lambda count: progress.advance(task, count))
     if args.project:
-        from ptl.apps.comparing.wandb_online import read_project
+        from ptl.apps.comparing.wandb_online import ServerError, read_project
 
-        runs += read_project(args.project, args.filter)
-    return runs
+        try:
+            runs += read_project(args.project, args.filter)
+        except ServerError as problem:
+            if not runs:
+                raise
+            return runs, f"{problem}: its runs are left out" + ", and no report is written" * args.report
+    return runs, None
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:

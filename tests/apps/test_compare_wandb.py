@@ -129,13 +129,18 @@ def test_a_torn_wandb_file_is_read_up_to_the_tear(real, tmp_path):
     assert {run["status"] for run in runs} == {"finished", "unreadable"}
 
 
-def test_without_wandb_folders_work_and_wandb_files_are_refused(real, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
+def path_without(package: str, folder: Path) -> str:
+    """A PYTHONPATH under which a package is not there."""
+    (folder / "sitecustomize.py").write_text(
         "import importlib.util as u\nreal = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name.split('.')[0] == 'wandb' else real(name, *a)\n"
-        "import sys\nsys.modules['wandb'] = None\n"
+        f"u.find_spec = lambda name, *a: None if name.split('.')[0] == '{package}' else real(name, *a)\n"
+        f"import sys\nsys.modules['{package}'] = None\n"
     )
-    path = f"{tmp_path}:{Path(__file__).resolve().parents[2]}"
+    return f"{folder}:{Path(__file__).resolve().parents[2]}"
+
+
+def test_without_wandb_folders_work_and_wandb_files_are_refused(real, tmp_path):
+    path = path_without("wandb", tmp_path)
     assert ptl_process("compare", real / "runs", PYTHONPATH=path).returncode == 0
     refused = ptl_process("compare", real / "wandb", PYTHONPATH=path)
     assert refused.returncode == 2 and "pip install wandb" in refused.stderr and "Traceback" not in refused.stderr
@@ -145,16 +150,20 @@ def test_without_wandb_folders_work_and_wandb_files_are_refused(real, tmp_path):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Answers what ``wandb.Api`` asks by GraphQL with runs out of real offline files, filtered by group."""
+    """Answers what ``wandb.Api`` asks by GraphQL with runs out of real offline files, filtered by group, and keeps
+    the reports that are saved."""
 
     runs: ClassVar[list[dict]] = []
     asked: ClassVar[list[dict]] = []
+    saved: ClassVar[list[dict]] = []
+    read_only: ClassVar[bool] = False
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        answer = self.answer(json.loads(body)) if self.path == "/graphql" else {}
-        data = json.dumps({"data": answer}).encode()
-        self.send_response(200)
+        asked = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or "{}")
+        refused = self.read_only and "mutation upsertView" in asked.get("query", "")
+        answer = {"data": self.answer(asked) if self.path == "/graphql" and not refused else {}}
+        data = json.dumps({"errors": [{"message": "permission denied"}]} if refused else answer).encode()
+        self.send_response(403 if refused else 200)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
         self.end_headers()
@@ -180,6 +189,19 @@ class Server(http.server.BaseHTTPRequestHandler):
             low, high = given["minStep"], given["maxStep"]
             rows = [json.dumps(row) for row in named[0]["rows"] if low <= row["_step"] < high]
             return {"project": {"run": {"history": rows}}}
+        if "query GetProjects(" in query:
+            project = {"__typename": "Project", "id": "UHJvamVjdDox", "name": "p", "entityName": given["entity"]}
+            project |= {"createdAt": "2026-01-01T00:00:00", "isBenchmark": False, "user": None}
+            page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+            return {"models": {"edges": [{"node": project}], "pageInfo": page}}
+        if "query ProjectInternalId(" in query:
+            return {"project": {"id": "UHJvamVjdDox", "internalId": f"{given['entityName']}/{given['projectName']}"}}
+        if "mutation upsertView(" in query:
+            self.saved.append(given)
+            project = {"id": "UHJvamVjdDox", "name": given["projectName"], "entityName": given["entityName"]}
+            kept = {key: given[key] for key in ("type", "name", "displayName", "description", "spec")}
+            view = {"id": "Vmlldzo3", **kept, "project": project, "updatedAt": "2026-01-01T00:00:00"}
+            return {"upsertView": {"view": view, "inserted": True}}
         user = {"id": "1", "entity": "lab", "username": "ada", "email": "", "flags": "{}", "teams": {"edges": []}}
         return {"viewer": user}
 
@@ -212,7 +234,7 @@ def served_run(records: list[dict], group: str) -> dict:
 def server(real):
     places = offline(real)
     Server.runs = [served_run(inspected(path), "study" if i else "other") for i, path in enumerate(places)]
-    Server.asked = []
+    Server.asked, Server.saved, Server.read_only = [], [], False
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}"
@@ -220,10 +242,16 @@ def server(real):
     httpd.server_close()
 
 
-def test_runs_on_a_server_give_the_same_numbers(server, real, folders, tmp_path):
-    # Ours is a small server that answers wandb.Api's GraphQL: the client, wandb-core and HTTP are the real ones.
-    variables = {"WANDB_BASE_URL": server, "WANDB_API_KEY": "a" * 40, "HOME": str(tmp_path), "WANDB_SILENT": "true"}
-    variables |= {"WANDB_ERROR_REPORTING": "false", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
+@pytest.fixture
+def variables(server, tmp_path):
+    """Those of a process that asks our small server: the client, wandb-core and HTTP are the real ones."""
+    return {
+        "WANDB_BASE_URL": server, "WANDB_API_KEY": "a" * 40, "HOME": str(tmp_path), "WANDB_SILENT": "true",
+        "WANDB_ERROR_REPORTING": "false", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
+    }  # fmt: skip
+
+
+def test_runs_on_a_server_give_the_same_numbers(variables, real, folders):
     found = compared(
         "--project", "lab/p", "--filter", "group=study", "model.optimizer.lr=0.01", run=ptl_process, **variables
     )
@@ -246,8 +274,134 @@ def test_runs_on_a_server_give_the_same_numbers(server, real, folders, tmp_path)
         (["--project", "p"], "ENTITY/PROJECT"),
         (["--project", "a/b", "--filter", "group"], "KEY=VALUE"),
         (["--filter", "group=x", "."], "--project"),
+        (["--report", "."], "--report got no online run, expected --project ENTITY/PROJECT"),
     ],
 )
 def test_what_is_asked_of_the_server_is_checked(arguments, told):
     done = ptl("compare", *arguments)
     assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+# ---- the report ----
+
+
+def report(index: int = 0) -> dict:
+    """What W&B was sent, with the document as ``spec``, its blocks by type and its texts as Markdown."""
+    sent = Server.saved[index]
+    spec = json.loads(sent["spec"])
+    [grid] = [block["metadata"] for block in spec["blocks"] if block["type"] == "panel-grid"]
+    return {
+        **sent,
+        "spec": spec,
+        "texts": [block["content"] for block in spec["blocks"] if block["type"] == "markdown-block"],
+        "headings": [block["children"][0]["text"] for block in spec["blocks"] if block["type"] == "heading"],
+        "sets": grid["runSets"],
+        "panels": grid["panelBankSectionConfig"]["panels"],
+        "colors": grid["customRunColors"],
+    }
+
+
+def served_id(name: str) -> str:
+    """The id on the server of the run in a run folder."""
+    folder = next(run for run in Server.runs if Path(json.loads(run["config"])["run"]["value"]["dir"]).name == name)
+    return folder["name"]
+
+
+def test_a_report_has_the_tables_and_the_curves_of_each_group(variables, real, tmp_path):
+    away = json.loads(Server.runs[0]["config"])["run"]["value"]["dir"]
+    out = tmp_path / "out"
+    asked = ("--project", "lab/p", "--filter", "group=study", "--metric", "val/loss", "train/loss", "--out", out)
+    done = ptl_process("compare", real / "runs", *asked, "--report", **variables)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert (
+        f"report: {variables['WANDB_BASE_URL']}/lab/p/reports/Comparison-of-6-runs-in-2-groups--Vmlldzo3" in done.stdout
+    )
+    found, comparison = report(), json.loads((out / "compare.json").read_text())
+    assert len(Server.saved) == 1 and (found["entityName"], found["projectName"], found["type"]) == ("lab", "p", "runs")
+    assert found["id"] is None and found["displayName"] == "Comparison of 6 runs in 2 groups"
+    assert found["description"] == "What differs: model.optimizer.lr"
+    assert found["headings"] == ["Groups", "Learning curves", "How to read it"]
+
+    table, remarks = found["texts"]
+    page = (out / "compare.md").read_text()
+    assert table in page and len(table.splitlines()) == 2 + 2
+    titles, _, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines())
+    assert titles[:5] == ["group", "lr", "runs", "val/loss final", "val/loss best"] and "train/loss final" in titles
+    for group, row in zip(comparison["groups"], rows, strict=True):
+        final = group["metrics"]["val/loss"]["final"]
+        assert row[:3] == [group["tag"], str(group["config"]["model.optimizer.lr"]), "3 finished"]
+        mean, deviation = (float(part) for part in row[3].split(" ± "))
+        assert mean == pytest.approx(final["mean"], abs=final["deviation"] / 10)
+        assert deviation == pytest.approx(final["deviation"], rel=0.06)
+    assert "1 of the 6 runs are not on this server" in remarks and str(real) not in json.dumps(found)
+
+    assert [panel["viewType"] for panel in found["panels"]] == ["Run History Line Plot"] * 2
+    for panel, metric in zip(found["panels"], ("val/loss", "train/loss"), strict=True):
+        config = panel["config"]
+        assert (config["chartTitle"], config["metrics"], config["limit"]) == (metric, [metric], 5)
+        assert (config["xAxis"], config["xAxisTitle"]) == ("trainer/global_step", "optimizer step")
+    assert [panel["layout"]["x"] for panel in found["panels"]] == [0, 12]  # side by side
+
+    assert len(found["sets"]) == 2 and len({each["id"] for each in found["sets"]}) == 2
+    for group, each in zip(comparison["groups"], found["sets"], strict=True):
+        assert each["name"] == f"{group['tag']}  {group['label']}" and "lr=" in each["name"]
+        assert each["project"] == {"name": "p", "entityName": "lab", "id": "lab/p"}
+        names = [comparison["runs"][i]["name"] for i in group["runs"]]
+        ids = [served_id(name) for name in names if name != Path(away).name]
+        [condition] = each["filters"]["filters"]
+        assert condition["key"] == {"section": "run", "name": "name"} and condition["op"] == "IN"
+        assert condition["value"] == ids and len({found["colors"][run] for run in ids}) == 1
+    assert len(found["colors"]) == 5 and len(set(found["colors"].values())) == 2
+
+
+def test_a_report_of_many_groups_has_the_curves_of_the_best(variables):
+    """Runs of another program, which count no optimizer steps."""
+    first = Server.runs[1]
+    Server.runs = []
+    for i in range(10):
+        config, summary = json.loads(first["config"]), json.loads(first["summaryMetrics"])
+        config["model"]["value"]["init_args"]["optimizer"]["lr"] = i / 8
+        summary["run/wall_seconds_all_attempts"] = 100.0 + i
+        rows = [{k: v for k, v in row.items() if k != "trainer/global_step"} for row in first["rows"]]
+        rows = [{**row, "val/loss": row["val/loss"] + i} if "val/loss" in row else row for row in rows]
+        texts = {"config": json.dumps(config), "summaryMetrics": json.dumps(summary)}
+        Server.runs.append({**first, **texts, "id": f"many{i}", "name": f"many{i}", "rows": rows})
+    done = ptl_process("compare", "--project", "lab/p", "--metric", "val/loss", "--markdown", "--report", **variables)
+    assert done.returncode == 0 and done.stdout.startswith("# Comparison of 10 runs in 10 groups")
+    assert "/reports/" in done.stderr and "/reports/" not in done.stdout
+    found = report()
+    assert [each["filters"]["filters"][0]["value"] for each in found["sets"]] == [[f"many{i}"] for i in range(8)]
+    assert len(set(found["colors"].values())) == 8
+    assert len(found["texts"][0].splitlines()) == 2 + 10
+    assert "the 8 best groups; 2 more are in the table alone" in found["texts"][1]
+    assert found["panels"][0]["config"]["xAxis"] == "_step"
+
+
+def test_where_a_report_is_refused_the_pages_are_written(variables, real, tmp_path):
+    Server.read_only = True
+    done = ptl_process("compare", "--project", "lab/p", "--report", "--out", tmp_path / "out", **variables)
+    assert done.returncode == 1 and not Server.saved and "6 runs in 2 groups" in done.stdout
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".html", ".png", ".md", ".csv", ".json"}
+    assert len(done.stderr.splitlines()) == 1
+    assert "no report was written into lab/p on W&B" in done.stderr and "permission denied" in done.stderr
+
+
+def test_without_a_server_run_folders_are_compared(variables, real, tmp_path):
+    gone = {**variables, "WANDB_BASE_URL": "http://127.0.0.1:1", "WANDB_HTTP_TIMEOUT": "2"}
+    asked = ("--project", "lab/p", "--report", "--out", tmp_path / "out")
+    done = ptl_process("compare", real / "runs", *asked, **gone)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "which cannot be read from W&B" in done.stderr and "no report is written" in done.stderr
+    page = (tmp_path / "out" / "compare.md").read_text()
+    assert "Comparison of 6 runs in 2 groups" in page and "The runs of lab/p are missing" in page
+    alone = ptl_process("compare", *asked, **gone)
+    assert alone.returncode == 2 and len(alone.stderr.splitlines()) == 1 and not alone.stdout
+
+
+def test_without_the_package_a_report_is_refused_at_once(variables, tmp_path):
+    path = path_without("wandb_workspaces", tmp_path)
+    asked = ("--project", "lab/p", "--out", tmp_path / "out")
+    refused = ptl_process("compare", *asked, "--report", **variables, PYTHONPATH=path)
+    assert refused.returncode == 2 and "pip install 'ptl[report]'" in refused.stderr and not Server.asked
+    assert len(refused.stderr.splitlines()) == 1
+    assert ptl_process("compare", *asked, **variables, PYTHONPATH=path).returncode == 0

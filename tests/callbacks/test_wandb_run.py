@@ -11,7 +11,7 @@ import pytest
 
 from ptl.callbacks.exit_codes import REQUEUE
 from ptl.callbacks.facts import run_tags
-from ptl.callbacks.jsonl import read_metrics
+from ptl.callbacks.jsonl import read_metrics, read_rows
 from ptl.callbacks.record import RunRecord
 from ptl.callbacks.rewind import RewindError
 from ptl.callbacks.run_identity import run_id
@@ -142,11 +142,37 @@ def test_secrets_never_reach_wandb(made, fragments):
         assert SECRET.encode() not in path.read_bytes(), path
 
 
-def test_other_loggers_stand_beside(made):
+def test_csv_stands_beside(made):
     run = made[0] / "study/first"
     tables = [path.read_text() for path in sorted(run.glob("csv/version_*/metrics.csv"))]
     assert len(tables) == 2 and all("train/loss" in table for table in tables)
-    assert not made[1]["attempts"]["board"] or list(run.glob("board/version_*/events*"))
+
+
+def scalars(folder: Path) -> dict[tuple[str, int], float]:
+    """Name, step and value of each scalar in TensorBoard's files, as its own reader gives them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})  # all of them, not a sample
+    events.Reload()
+    return {(name, event.step): event.value for name in events.Tags()["scalars"] for event in events.Scalars(name)}
+
+
+def test_tensorboard_is_told_what_metrics_jsonl_is(made):
+    run = made[0] / "study/first"
+    attempts: list[dict[tuple[str, int], float]] = []
+    for row in read_rows(run / "metrics.jsonl"):
+        if row.get("event") == "start":
+            attempts.append({})
+            continue
+        values = {name: value for name, value in row.items() if name not in ("step", "time")}
+        attempts[-1] |= {(name, row["step"]): float(value) for name, value in values.items()}
+    boards = [scalars(path) for path in sorted((run / "board").glob("version_*"))]
+    assert len(boards) == len(attempts) == 2
+    for board, rows in zip(boards, attempts, strict=True):
+        board.pop(("hp_metric", 0))  # a placeholder of Lightning's
+        assert board == pytest.approx(rows, rel=1e-6, nan_ok=True)  # 32 bits in TensorBoard's files
+    losses = [[step for name, step in board if name == "train/loss"] for board in boards]
+    assert losses == [list(range(STOP)), list(range(STOP, STEPS))]
 
 
 def test_folders_of_deepspeed_and_its_config(made):

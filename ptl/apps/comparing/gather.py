@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,21 +93,24 @@ def joined_runs(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     """The runs with each one once, and a line for each that stood in two places.
 
     A run folder and W&B's copy of it have one id, or else one wall time to the last digit, or else one configuration
-    with one run folder; what the folder says is kept, since it is exact for every row. Names are made unique.
+    with one run folder; what the folder says is kept, since it is exact for every row, and where the run stands on a
+    server. Names are made unique.
     """
     kept: list[Run] = []
     lines = []
     for run in sorted(runs, key=lambda run: ("folder", "wandb", "online").index(run.source)):
-        twin = next((other for other in _candidates(run, kept)), None) if run.source != "folder" else None
+        twin = next(_twins(run, kept), None) if run.source != "folder" else None
         if twin is None:
             kept.append(run)
         else:
-            lines.append(f"{run.where} is the same run as {twin.where}, which is shown")
+            lines.append(f"{run.where} is the same run as {kept[twin].where}, which is shown")
+            kept[twin] = replace(kept[twin], online=run.online or kept[twin].online)
     return unique_names(kept), lines
 
 
-def _candidates(run: Run, kept: Iterable[Run]) -> Iterable[Run]:
-    for other in kept:
+def _twins(run: Run, kept: Sequence[Run]) -> Iterator[int]:
+    """Indices of the kept runs that are this one."""
+    for i, other in enumerate(kept):
         if run.wandb_id and run.wandb_id == other.wandb_id:
             same = True
         elif run.wall is not None and other.wall is not None:
@@ -115,7 +118,7 @@ def _candidates(run: Run, kept: Iterable[Run]) -> Iterable[Run]:
         else:
             same = run.digest is not None and run.digest == other.digest
         if same:
-            yield other
+            yield i
 
 
 def unique_names(runs: Sequence[Run]) -> list[Run]:

@@ -60,6 +60,19 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class Online:
+    """Where a run stands on a W&B server.
+
+    Attributes:
+        id: its id in the project.
+        axis: what W&B calls its steps: ``trainer/global_step``, or ``_step`` where the run logged no such metric.
+    """
+
+    id: str
+    axis: str
+
+
+@dataclass(frozen=True)
 class Run:
     """A run, wherever it was read.
 
@@ -75,6 +88,7 @@ class Run:
         wandb_id: the id of the run in W&B, where it is known.
         wall: seconds of all attempts as the run record wrote them: the same to the last digit wherever they are read.
         digest: digest of the configuration with its run folder, or None where the folder is not in it.
+        online: the run on the W&B server that was asked, or None where it was not found there.
     """
 
     name: str
@@ -92,6 +106,7 @@ class Run:
     wandb_id: str | None = None
     wall: float | None = None
     digest: str | None = None
+    online: Online | None = None
 
 
 def bucket_width(last_step: int, points: int = POINTS) -> int:

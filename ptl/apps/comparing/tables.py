@@ -154,14 +154,22 @@ def headline(comparison: Comparison) -> str:
 
 def markdown(comparison: Comparison, image: str | None = None) -> str:
     """The comparison as a page of Markdown; ``image`` is the name of the curves beside it."""
-    lines = [f"# Comparison of {headline(comparison)}", "", "## Groups", "", *_markdown(group_table(comparison)), ""]
+    lines = [
+        f"# Comparison of {headline(comparison)}",
+        "",
+        "## Groups",
+        "",
+        *markdown_table(group_table(comparison)),
+        "",
+    ]
     lines += [f"![Learning curves]({image})", ""] if image else []
-    lines += ["## Runs", "", *_markdown(run_table(comparison)), "", "## How to read it", ""]
+    lines += ["## Runs", "", *markdown_table(run_table(comparison)), "", "## How to read it", ""]
     lines += [f"- {note}" for note in (*METHOD, *comparison["notes"])]
     return "\n".join([*lines, ""])
 
 
-def _markdown(table: Table) -> list[str]:
+def markdown_table(table: Table) -> list[str]:
+    """The lines of a table in Markdown."""
     rule = [":---" if i < table.words else "---:" for i in range(len(table.titles))]
     rows = ([_cell(cell) for cell in row] for row in (table.titles, *table.rows))
     first, *rest = [f"| {' | '.join(row)} |" for row in rows]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ptl.apps.comparing.configs import text_of
 from ptl.apps.comparing.rows import joined, metrics_of
-from ptl.apps.comparing.runs import UNFINISHED, Run
-from ptl.apps.comparing.wandb_files import block_of, need_wandb, wandb_run
+from ptl.apps.comparing.runs import UNFINISHED, Online, Run
+from ptl.apps.comparing.wandb_files import STEP, block_of, need_wandb, wandb_run
 
 SERVER_KEYS = {"group": "group", "job_type": "jobType", "name": "displayName", "state": "state", "tags": "tags"}
 """Filters that the server applies, and what it calls them; any other is a configuration key, applied here."""
 _STATES = {"finished": "finished", "failed": "failed", "crashed": "failed", "killed": "interrupted"}
+
+
+class ServerError(ValueError):
+    """W&B's server cannot be reached, or refuses what it is asked."""
 
 
 def parse_filters(filters: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -40,7 +45,8 @@ def read_project(project: str, filters: Sequence[str]) -> list[Run]:
     """Reads the runs of a project that filters name.
 
     Raises:
-        ValueError: a filter is malformed, wandb is missing, or the server cannot be asked or has no such run.
+        ServerError: the server cannot be reached or refuses.
+        ValueError: a filter is malformed, wandb is missing, or the server has no such run.
     """
     asked, config = parse_filters(filters)
     if project.count("/") != 1 or not all(project.split("/")):
@@ -52,8 +58,8 @@ def read_project(project: str, filters: Sequence[str]) -> list[Run]:
         found = wandb.Api().runs(project, filters=asked or None, per_page=100, lazy=False)
         runs = [run for each in found if (run := _read(each, project, config)) is not None]
     except (wandb.Error, ValueError, OSError) as problem:
-        reason = " ".join(str(problem).split())
-        raise ValueError(f"--project got {project}, which cannot be read from W&B: {reason}") from problem
+        kind = ValueError if isinstance(problem, ValueError) else ServerError
+        raise kind(f"--project got {project}, which cannot be read from W&B: {one_line(problem)}") from problem
     if not runs:
         named = f" with {' '.join(filters)}" if filters else ""
         raise ValueError(f"--project got {project}, expected runs{named}: there is none; change --project or --filter")
@@ -77,9 +83,16 @@ def _read(each: Any, project: str, config: dict[str, str]) -> Run | None:
     flat = wandb_run(settings, summary, {}, **common).config
     if any(key not in flat or text_of(flat[key]) != value for key, value in config.items()):
         return None
-    rows = ({name: float(v) for name, v in row.items() if _is_number(v)} for row in each.scan_history())
-    return wandb_run(settings, summary, metrics_of(joined([block_of(list(rows))])), **common)
+    rows = [{name: float(v) for name, v in row.items() if _is_number(v)} for row in each.scan_history()]
+    axis = STEP if any(STEP in row for row in rows) else "_step"
+    run = wandb_run(settings, summary, metrics_of(joined([block_of(rows)])), **common)
+    return replace(run, online=Online(each.id, axis))
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) or value in ("NaN", "Infinity", "-Infinity")
+
+
+def one_line(problem: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(problem).split()) or type(problem).__name__
