@@ -94,7 +94,7 @@ def _git(folder: Path, *arguments: str, strip: bool = True) -> str | None:
 
 def versions() -> dict[str, Any]:
     """Python, CUDA and every installed package."""
-    packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    packages = dict(named for each in importlib.metadata.distributions() if (named := _named(each)))
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -104,6 +104,13 @@ def versions() -> dict[str, Any]:
         "nccl": ".".join(map(str, nccl.version())) if torch.cuda.is_available() else None,
         "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
     }
+
+
+def _named(package: importlib.metadata.Distribution) -> tuple[str, str] | None:
+    """Name and version. Taken from the text, for to parse the metadata of some hundred packages takes a second."""
+    head = (package.read_text("METADATA") or package.read_text("PKG-INFO") or "").split("\n\n", 1)[0]
+    fields = dict(line.split(": ", 1) for line in head.splitlines() if line.startswith(("Name: ", "Version: ")))
+    return (fields["Name"].strip(), fields["Version"].strip()) if len(fields) == 2 else None
 
 
 def environment(trainer: L.Trainer) -> dict[str, Any]:
