@@ -156,6 +156,22 @@ class Tokens:
     lost_end: bool = False
 
 
+class Documents(NamedTuple):
+    """The documents of a batch as arrays on the host, where they stay: L tokens end to end, without padding.
+
+    Attributes:
+        ids: int64 [L].
+        weights: float32 [L], loss weights, 0 at the first token of each document.
+        bounds: int64 [D + 1], where each document begins, and the end of the last.
+        rows: int64 [D], as ``TokenBatch.rows``, or None.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+    bounds: np.ndarray
+    rows: np.ndarray | None
+
+
 class TokenBatch(NamedTuple):
     """Documents ready for a forward pass, either packed (no padding) or padded on the right.
 
@@ -177,9 +193,12 @@ class TokenBatch(NamedTuple):
             with ``position_ids`` it names a token whatever the order, the packs and the micro-batches.
         trained: int64 [N], flat positions in [B * T] of the N trained tokens, ascending: those of a weight that is not
             0 and of a position that is not 0. None where it is unknown: who needs it then waits for the device once.
-            Whoever changes ``loss_mask`` sets it, and ``host_trained``, to None.
+            Whoever changes ``loss_mask`` sets it, ``host_trained`` and ``documents`` to None.
         host_trained: the same as an array on the host, which stays there.
         host_lengths: int64 [D], the documents' lengths, on the host too; as ``trained`` it goes with ``cu_seqlens``.
+        documents: what the batch was made of, for who reads tokens on the host, or None where it is unknown
+            (``ptl.data.batches.documents_of`` reads the device then). Whoever changes ids, rows or documents sets it to
+            None.
     """
 
     input_ids: Tensor
@@ -194,6 +213,7 @@ class TokenBatch(NamedTuple):
     trained: Tensor | None = None
     host_trained: np.ndarray | None = None
     host_lengths: np.ndarray | None = None
+    documents: Documents | None = None
 
     def on(self, device: torch.device | str) -> TokenBatch:
         """The batch on a device, but for what is the host's."""
@@ -334,12 +354,14 @@ class SparseTargets(NamedTuple):
         tail: float32 [N], log of the probability of all other ids together; -inf where nothing is left out, as in a
             sample.
         entropy: float32 [N], entropy in nats of the whole distribution at the temperature of the log-probabilities.
+        whole: whether ``tail`` is -inf in every row; None where it is unknown: who needs it waits for the device.
     """
 
     ids: Tensor
     logprobs: Tensor
     tail: Tensor
     entropy: Tensor
+    whole: bool | None = None
 
 
 class LossOutput(NamedTuple):

@@ -26,12 +26,12 @@ BATCH_TOKENS = 8192
 def documents_of(file: str, found: Found) -> Any:
     """The first documents of a file that the model can read, rendered as in training."""
     from ptl.data.files import resolve
-    from ptl.data.readers import blocks, first_rows
+    from ptl.data.readers import first_rows, rows_of
     from ptl.data.records import parse_row
     from ptl.data.render import Renderer, RenderError
     from ptl.data.sources import RECORD_OF, BadRow, Source, detect_format
     from ptl.data.tokenizer import load_tokenizer
-    from ptl.types import Conversation, Origin
+    from ptl.types import Conversation
 
     source, renderer = Source(path=file), Renderer(load_tokenizer(found.name))
     files = resolve(source)
@@ -39,17 +39,14 @@ def documents_of(file: str, found: Found) -> Any:
     if RECORD_OF[row_format] is not Conversation:
         raise ValueError(f"--rows {file} holds {row_format}: a language model is compared on conversations or texts")
     documents, why = [], ""
-    for block in blocks(source, files=files):
-        for line, row in block.rows():
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                record: Any = parse_row(row, row_format, source, Origin(block.file, line))
-                documents += renderer.fit(record, LONGEST, "keep_start")
-            except (BadRow, RenderError) as refusal:
-                why = why or f"{block.file}:{line}: {refusal}"
-            if len(documents) >= DOCUMENTS:
-                return documents[:DOCUMENTS]
+    for origin, row in rows_of(source, files):
+        try:
+            record: Any = parse_row(row, row_format, source, origin)
+            documents += renderer.fit(record, LONGEST, "keep_start")
+        except (BadRow, RenderError) as refusal:
+            why = why or f"{origin}: {refusal}"
+        if len(documents) >= DOCUMENTS:
+            return documents[:DOCUMENTS]
     if not documents:
         raise ValueError(f"--rows {file} has no row that can be compared ({why or 'it is empty'})")
     return documents

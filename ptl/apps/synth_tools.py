@@ -186,13 +186,11 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _tasks(args: argparse.Namespace, left_out: Any) -> Iterator[Any]:
-    from ptl.data.files import resolve
-    from ptl.data.readers import blocks
+    from ptl.data.readers import rows_of
     from ptl.data.sources import BadRow, Source
     from ptl.synth.idk_questions import reader
     from ptl.synth.idk_texts import language_of
     from ptl.synth.tool_tasks import programs, searches, sums, times
-    from ptl.types import Origin
 
     for make, count in ((sums, args.sums), (programs, args.programs), (times, args.times)):
         yield from make(count, args.seed, args.language)
@@ -201,17 +199,15 @@ def _tasks(args: argparse.Namespace, left_out: Any) -> Iterator[Any]:
 
     def rows() -> Iterator[tuple[str, list[str], str]]:
         for place, source in enumerate(sources):
-            for block in blocks(source, files=resolve(source)):
-                for line, row in block.rows():
-                    origin = Origin(block.file, line)
-                    try:
-                        if isinstance(row, BadRow):
-                            raise row
-                        messages, _, known = read(row, place, origin)
-                    except BadRow as error:
-                        left_out(error, origin)
-                        continue
-                    yield messages[-1].content, list(known["answers"]), known["source"]
+            for origin, row in rows_of(source):
+                try:
+                    if isinstance(row, BadRow):
+                        raise row
+                    messages, _, known = read(row, place, origin)
+                except BadRow as error:
+                    left_out(error, origin)
+                    continue
+                yield messages[-1].content, list(known["answers"]), known["source"]
 
     yield from searches(rows(), language_of)
 

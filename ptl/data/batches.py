@@ -5,14 +5,14 @@ Shape letters: D documents, T tokens of a row of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ptl.types import TokenBatch
+from ptl.types import Documents, TokenBatch
 
 Layout = Literal["packed", "padded"]
 
@@ -55,53 +55,70 @@ def collate_tokens(
         window_weight: sum of the loss weights over the optimizer window and all ranks.
     """
     lengths = np.array([len(row["ids"]) for row in rows], np.int64)
-    if layout == "packed":
-        return _packed(rows, lengths, window_weight)
-    shape = (len(rows), int(lengths.max()))
-    ids = np.full(shape, pad_id, np.int64)
-    mask = np.zeros(shape, np.float32)
-    for at, (row, length) in enumerate(zip(rows, lengths.tolist())):
-        ids[at, :length] = row["ids"]
-        mask[at, :length] = _document_mask(row, length)
-    columns = np.arange(shape[1])
-    real = columns[None] < lengths[:, None]
-    documents = np.where(real, np.arange(len(rows))[:, None], -1)
+    bounds = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(lengths, out=bounds[1:])
+    documents = Documents(
+        ids=np.concatenate([np.asarray(row["ids"]) for row in rows]).astype(np.int64),
+        weights=np.concatenate([_document_mask(row, length) for row, length in zip(rows, lengths.tolist())]),
+        bounds=bounds,
+        rows=np.array([int(row["row"]) for row in rows], np.int64) if all("row" in row for row in rows) else None,
+    )
+    places = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+    owners = np.repeat(np.arange(len(rows)), lengths)
+    real = np.arange(lengths.max()) < lengths[:, None] if layout == "padded" else None
+    ids, mask, positions, document_ids = (
+        flat[None] if real is None else _padded(flat, real, fill)
+        for flat, fill in ((documents.ids, pad_id), (documents.weights, 0.0), (places, 0), (owners, -1))
+    )
     trained = np.flatnonzero(mask)
     return TokenBatch(
         input_ids=torch.from_numpy(ids),
         loss_mask=torch.from_numpy(mask),
-        position_ids=torch.from_numpy(np.where(real, columns, 0)),
-        document_ids=torch.from_numpy(documents),
-        sources=_sources(rows),
+        position_ids=torch.from_numpy(positions),
+        document_ids=torch.from_numpy(document_ids),
+        sources=torch.tensor([int(row["source"]) for row in rows], dtype=torch.int64),
         window_weight=torch.tensor(window_weight, dtype=torch.float64),
-        attention_mask=torch.from_numpy(real.astype(np.int64)),
-        rows=_rows(rows),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)) if real is None else None,
+        attention_mask=None if real is None else torch.from_numpy(real.astype(np.int64)),
+        rows=None if documents.rows is None else torch.from_numpy(documents.rows),
         trained=torch.from_numpy(trained),
         host_trained=trained,
         host_lengths=lengths,
+        documents=documents,
     )
 
 
-def _packed(rows: Sequence[Mapping[str, Any]], lengths: np.ndarray, window_weight: float) -> TokenBatch:
-    bounds = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum(lengths, out=bounds[1:])
-    ids = np.concatenate([np.asarray(row["ids"]) for row in rows]).astype(np.int64)
-    mask = np.concatenate([_document_mask(row, length) for row, length in zip(rows, lengths.tolist())])
-    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
-    trained = np.flatnonzero(mask)
-    return TokenBatch(
-        input_ids=torch.from_numpy(ids)[None],
-        loss_mask=torch.from_numpy(mask)[None],
-        position_ids=torch.from_numpy(positions)[None],
-        document_ids=torch.from_numpy(np.repeat(np.arange(len(rows)), lengths))[None],
-        sources=_sources(rows),
-        window_weight=torch.tensor(window_weight, dtype=torch.float64),
-        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
-        rows=_rows(rows),
-        trained=torch.from_numpy(trained),
-        host_trained=trained,
-        host_lengths=lengths,
+def documents_of(batch: TokenBatch) -> Documents:
+    """The documents of a batch on the host; of a batch that does not say them, read once from its device."""
+    if batch.documents is not None:
+        return batch.documents
+    host = batch.on("cpu")
+    owners, positions, ids, mask = (
+        tensor.flatten().numpy() for tensor in (host.document_ids, host.position_ids, host.input_ids, host.loss_mask)
     )
+    real = np.flatnonzero(owners >= 0)
+    return Documents(
+        ids=ids[real],
+        weights=np.where(positions > 0, mask, np.float32(0))[real],
+        bounds=np.searchsorted(owners[real], np.arange(len(host.sources) + 1)),
+        rows=None if host.rows is None else host.rows.numpy(),
+    )
+
+
+def sent(values: Iterable[Any], device: torch.device) -> list[Any]:
+    """Tensors of the host on a device; what is no tensor stays as it is.
+
+    On the way to a GPU they lie in page-locked memory: the host does not wait for what is queued there.
+    """
+    tensors = (v.pin_memory() if device.type == "cuda" and isinstance(v, Tensor) else v for v in values)
+    return [v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in tensors]
+
+
+def _padded(flat: np.ndarray, real: np.ndarray, fill: float) -> np.ndarray:
+    """Values of the real tokens in their places of a grid like ``real``, and ``fill`` in the others."""
+    grid = np.full(real.shape, fill, flat.dtype)
+    grid[real] = flat
+    return grid
 
 
 def _document_mask(row: Mapping[str, Any], length: int) -> np.ndarray:
@@ -109,13 +126,3 @@ def _document_mask(row: Mapping[str, Any], length: int) -> np.ndarray:
     mask = mask_of(length, row["spans"], row["span_weights"])
     mask[0] = 0.0
     return mask
-
-
-def _sources(rows: Sequence[Mapping[str, Any]]) -> Tensor:
-    return torch.tensor([int(row["source"]) for row in rows], dtype=torch.int64)
-
-
-def _rows(rows: Sequence[Mapping[str, Any]]) -> Tensor | None:
-    if not all("row" in row for row in rows):
-        return None
-    return torch.tensor([int(row["row"]) for row in rows], dtype=torch.int64)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ptl.data.batches import collate_tokens
+from ptl.data.batches import collate_tokens, documents_of, sent
 from ptl.data.realign import Realigner, flatten
 from ptl.functional.cross_tokenizer import MatchedIds, matched
 from ptl.models.vocabulary import vocabulary_size
-from ptl.types import TokenBatch
+from ptl.types import Documents, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -63,25 +64,28 @@ class CrossTeacher:
         return matched(ours, theirs, self.student_vocabulary, self.teacher_vocabulary)
 
     def __call__(self, batch: TokenBatch) -> CrossBatch:
-        host, device = batch.on("cpu"), batch.input_ids.device
-        owner, ids, mask = (t.flatten().numpy() for t in (host.document_ids, host.input_ids, host.loss_mask))
-        places = [np.flatnonzero(owner == document) for document in range(len(host.sources))]
-        realigned = [self._realigner(ids[here], mask[here]) for here in places]
-        rows = [
-            {"ids": document.teacher_ids, "spans": [], "span_weights": [], "source": source}
-            for document, source in zip(realigned, host.sources.tolist(), strict=True)
+        documents, device = documents_of(batch), batch.input_ids.device
+        realigned = [
+            self._realigner(documents.ids[begin:end], documents.weights[begin:end])
+            for begin, end in itertools.pairwise(documents.bounds.tolist())
         ]
-        layout = "packed" if host.cu_seqlens is not None else "padded"
+        rows = [{"ids": each.teacher_ids, "spans": [], "span_weights": [], "source": 0} for each in realigned]
+        layout = "packed" if batch.cu_seqlens is not None else "padded"
         teacher = collate_tokens(rows, layout=layout, pad_id=0, window_weight=0.0)
-        if teacher.cu_seqlens is not None:
-            starts = teacher.cu_seqlens[:-1].tolist()
-        else:
-            starts = [row * teacher.input_ids.shape[1] for row in range(len(rows))]
-        found = flatten(realigned, [int(here[0]) for here in places], starts)
-        counts = [len(document.groups) for document in realigned]
+        found = flatten(realigned, _starts(batch, documents), _starts(teacher, documents_of(teacher)))
+        owners = np.repeat(np.arange(len(rows)), [len(each.groups) for each in realigned])
+        tensors = (torch.from_numpy(np.ascontiguousarray(array)) for array in (*found, owners))
         return CrossBatch(
-            teacher.on(device),
-            *(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in found),
-            documents=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)).to(device),
-            unaligned=torch.tensor(sum(d.unaligned_weight for d in realigned), dtype=torch.float32, device=device),
+            TokenBatch(*sent(teacher, device))._replace(sources=batch.sources),
+            *sent(tensors, device),
+            unaligned=torch.full(
+                (), sum(each.unaligned_weight for each in realigned), dtype=torch.float32, device=device
+            ),
         )
+
+
+def _starts(batch: TokenBatch, documents: Documents) -> list[int]:
+    """Flat index in [B * T] of the first token of each document."""
+    if batch.cu_seqlens is not None:
+        return documents.bounds[:-1].tolist()
+    return [row * batch.input_ids.shape[1] for row in range(len(documents.bounds) - 1)]

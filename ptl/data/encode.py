@@ -137,8 +137,6 @@ class Encoder:
         for line, row in job.block.rows():
             origin = Origin(job.block.file, line)
             try:
-                if isinstance(row, BadRow):
-                    raise row
                 records.append(parse_row(row, row_format, source, origin))
                 lines.append(line)
             except BadRow as bad:

@@ -13,7 +13,7 @@ from ptl.data.encode import trained_tokens
 from ptl.data.files import resolve
 from ptl.data.groups import RankingView
 from ptl.data.prompts import PromptView
-from ptl.data.readers import blocks, first_rows
+from ptl.data.readers import first_rows, rows_of
 from ptl.data.records import parse_row
 from ptl.data.render import Renderer, RenderError, Truncation
 from ptl.data.sources import RECORD_OF, BadRow, Source, check_record, detect_format
@@ -54,12 +54,8 @@ def preview_rows(
     files = resolve(source)
     row_format = detect_format(source, () if source.format != "auto" else first_rows(source, files=files))
     check_record(source, row_format, view.record)
-    numbered = ((block.file, line, row) for block in blocks(source, files=files) for line, row in block.rows())
-    for file, line, row in islice(numbered, rows):
-        origin = Origin(file, line)
+    for origin, row in islice(rows_of(source, files), rows):
         try:
-            if isinstance(row, BadRow):
-                raise row
             record = parse_row(row, row_format, source, origin)
             made = view.encode([record], renderer, max_length, truncation)[0]
         except BadRow as bad:

@@ -22,6 +22,7 @@ from ptl.data.files import AnyFile, DataFile, Files, HubData, UnreadableFile, re
 from ptl.data.gym import GymData, GymRange
 from ptl.data.parsers import csv_rows, json_array_rows, table_rows
 from ptl.data.sources import BadRow, Source
+from ptl.types import Origin
 
 ROWS = 512
 BYTES = 2 << 20
@@ -128,6 +129,13 @@ def blocks(source: Source, beyond: Beyond | None = None, files: Files | None = N
             yield block
 
 
+def rows_of(source: Source, files: Files | None = None) -> Iterator[tuple[Origin, Row]]:
+    """The rows of a source in order, each with its file and line; arguments and errors as for ``blocks``."""
+    for block in blocks(source, files=files):
+        for line, row in block.rows():
+            yield Origin(block.file, line), row
+
+
 def file_blocks(file: AnyFile, limit: int | None = None, beyond: Beyond | None = None) -> Iterator[Block]:
     """The first ``limit`` rows of one file, as blocks. The rows after them are counted in ``beyond``."""
     beyond = beyond if beyond is not None else Beyond()
@@ -224,5 +232,4 @@ def _row_blocks(file: DataFile, limit: int | None, beyond: Beyond) -> Iterator[B
 
 def first_rows(source: Source, count: int = 32, files: Files | None = None) -> list[Mapping[str, Any]]:
     """The first readable rows of a source, for telling its format."""
-    rows = (row for block in blocks(source, files=files) for _, row in block.rows() if not isinstance(row, BadRow))
-    return list(islice(rows, count))
+    return list(islice((row for _, row in rows_of(source, files) if not isinstance(row, BadRow)), count))

@@ -1,6 +1,6 @@
 """From a row to a record: one short function a format, each refusing what it cannot read with a named reason.
 
-A row is a dict as a reader gives it. ``parse_row`` is pure: same row, same record.
+A row is a dict, or the ``BadRow`` that a reader gives in its place. ``parse_row`` is pure: same row, same record.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ ANSWER_KEYS = ("answer", "ground_truth")
 QUESTION_KEYS = ("prompt", "question", "problem", "messages", "text")
 
 
-def parse_row(row: Mapping[str, Any], row_format: str, source: Source, origin: Origin) -> Record:
+def parse_row(row: Mapping[str, Any] | BadRow, row_format: str, source: Source, origin: Origin) -> Record:
     """The record a row holds.
 
     Args:
-        row: the row.
+        row: the row as a reader gives it.
         row_format: one of ``sources.FORMATS``.
         source: for its ``columns``, ``roles`` and ``pass_rate``.
         origin: file and line.
 
     Raises:
-        BadRow: the row cannot be read as this format.
+        BadRow: the row itself, or it cannot be read as this format.
         LeftOut: its ``pass_rate`` is not one that the source wants.
     """
+    if isinstance(row, BadRow):
+        raise row
     row = renamed(row, source.columns)
     if source.pass_rate is not None:
         _check_pass_rate(row, source, *source.pass_rate)

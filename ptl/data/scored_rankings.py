@@ -19,14 +19,14 @@ from ptl.data.encode import note
 from ptl.data.files import resolve
 from ptl.data.groups import RankingView, ranked_pairs
 from ptl.data.rankings import parse_ranking
-from ptl.data.readers import blocks, first_rows
+from ptl.data.readers import first_rows, rows_of
 from ptl.data.render import Renderer, RenderError
 from ptl.data.sources import BadRow, Source, format_of
 from ptl.data.views import Example
 from ptl.functional.ranking_measures import measures_of, ranking_sums
 from ptl.functional.score_agreement import best_of
 from ptl.models.scoring import answer_scores
-from ptl.types import GroupBatch, Origin, Ranking
+from ptl.types import GroupBatch, Ranking
 
 SUBSET = "subset"
 """The column that RewardBench names its parts in."""
@@ -76,17 +76,15 @@ def read_rankings(path: str, *, subset_column: str | None = None) -> RankingRows
         )
     rows, names = RankingRows(), []
     column = subset_column or SUBSET
-    for block in blocks(source, files=files):
-        for line, row in block.rows():
-            rows.read += 1
-            origin = Origin(block.file, line)
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                rows.records.append(parse_ranking(row, source, origin))
-                names.append(row.get(column))
-            except BadRow as bad:
-                note(rows.left_out, bad.reason, origin, bad.detail)
+    for origin, row in rows_of(source, files):
+        rows.read += 1
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            rows.records.append(parse_ranking(row, source, origin))
+            names.append(row.get(column))
+        except BadRow as bad:
+            note(rows.left_out, bad.reason, origin, bad.detail)
     if not rows.records:
         told = "; ".join(reason.examples[0] for reason in rows.left_out.values())
         raise ValueError(f"{path} has no ranking among its {rows.read} rows: {told or 'it is empty'}")

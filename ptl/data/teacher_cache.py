@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ptl.data.batches import documents_of, sent
 from ptl.data.contents import row_digest
 from ptl.data.mapped import mapped
 from ptl.data.teacher_plan import MANIFEST, PLAN, ROWS, read_plan, shard_bounds, shard_name
@@ -133,32 +134,24 @@ class TeacherCache:
         """What the teacher said before each of the batch's N trained tokens, in the order of ``shifted_targets``.
 
         The head of a ``topk`` is scaled to the mass that the exact tail leaves it, which takes back the rounding of its
-        float16 numbers. The result lies on the batch's device; a batch on a GPU is copied to the host for it once.
+        float16 numbers. The result lies on the batch's device.
 
         Raises:
             ValueError: a document of the batch is not the row that it says it is, or was not read from prepared rows.
         """
-        if batch.rows is None:
+        documents = documents_of(batch)
+        if documents.rows is None:
             raise ValueError(
                 "the batch does not say which prepared rows it holds, so a cached teacher knows nothing of it: texts "
                 "sampled by the student need a live teacher, without teacher.cache"
             )
-        ids, positions, documents = (
-            tensor.cpu().numpy().reshape(-1) for tensor in (batch.input_ids, batch.position_ids, batch.document_ids)
-        )
-        trained = (batch.loss_mask.cpu().numpy().reshape(-1) != 0) & (positions > 0)
-        rows = batch.rows.cpu().numpy()
-        real = np.flatnonzero(documents >= 0)
-        bounds = np.searchsorted(documents[real], np.arange(len(rows) + 1))
         pieces = []
-        for document, (begin, end) in enumerate(itertools.pairwise(bounds)):
-            here = real[begin:end]
-            asked = positions[here][trained[here]]
+        for row, (begin, end) in zip(documents.rows.tolist(), itertools.pairwise(documents.bounds.tolist())):
+            asked = np.flatnonzero(documents.weights[begin:end])
             if len(asked):
-                pieces.append(self._entries(int(rows[document]), ids[here], asked))
+                pieces.append(self._entries(row, documents.ids[begin:end], asked))
         read = self._topk if self.plan.mode == "topk" else self._sample
-        device = batch.input_ids.device
-        return SparseTargets(*(tensor.to(device, non_blocking=True) for tensor in read(pieces)))
+        return SparseTargets(*sent(read(pieces), batch.input_ids.device))
 
     def _entries(self, row: int, ids: np.ndarray, positions: np.ndarray) -> tuple[dict[str, np.ndarray], slice]:
         """The shard that holds a row, and where in it."""
@@ -180,7 +173,7 @@ class TeacherCache:
         self._shards.move_to_end(index)
         return self._shards[index]
 
-    def _topk(self, pieces: list[tuple[dict[str, np.ndarray], slice]]) -> Iterator[Tensor]:
+    def _topk(self, pieces: list[tuple[dict[str, np.ndarray], slice]]) -> Iterator[Tensor | bool]:
         k = self.plan.k
         ids = _joined(pieces, "ids", np.int64, (k,))
         logprobs = _joined(pieces, "logprobs", np.float32, (k,))
@@ -189,8 +182,9 @@ class TeacherCache:
         yield torch.from_numpy(ids)
         yield rescaled(torch.from_numpy(logprobs), torch.from_numpy(tail))
         yield from (torch.from_numpy(tail), torch.from_numpy(entropy))
+        yield bool(np.isneginf(tail).all())
 
-    def _sample(self, pieces: list[tuple[dict[str, np.ndarray], slice]]) -> Iterator[Tensor]:
+    def _sample(self, pieces: list[tuple[dict[str, np.ndarray], slice]]) -> Iterator[Tensor | bool]:
         n = sum(where.stop - where.start for _, where in pieces)
         distinct = [np.diff(shard["starts"][where.start : where.stop + 1]) for shard, where in pieces]
         width = max((int(each.max()) for each in distinct), default=1) or 1
@@ -206,6 +200,7 @@ class TeacherCache:
         yield torch.log(torch.from_numpy(counts) / self.plan.k)
         yield torch.full((n,), float("-inf"))
         yield torch.from_numpy(_joined(pieces, "entropy", np.float32))
+        yield True
 
 
 def _joined(pieces: list[Any], name: str, dtype: type, shape: tuple[int, ...] = ()) -> np.ndarray:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from ptl.data.readers import blocks
+from ptl.data.readers import rows_of
 from ptl.data.records import parse_row
 from ptl.data.sources import BadRow, Source, detect_format
-from ptl.types import Conversation, Origin
+from ptl.types import Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,17 +44,14 @@ def texts_of(path: str, refused: list[str]) -> Iterator[str]:
             raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from None
         return
     source = Source(path=path)
-    rows = ((block.file, line, row) for block in blocks(source) for line, row in block.rows())
+    rows = rows_of(source)
     first = list(islice(rows, _FIRST))
-    row_format = detect_format(source, [row for _, _, row in first if not isinstance(row, BadRow)])
-    for chain in (first, rows):
-        for file, line, row in chain:
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                yield from _said(parse_row(row, row_format, source, Origin(file, line)))
-            except BadRow as bad:
-                refused.append(f"{file}:{line}: {bad}")
+    row_format = detect_format(source, [row for _, row in first if not isinstance(row, BadRow)])
+    for origin, row in chain(first, rows):
+        try:
+            yield from _said(parse_row(row, row_format, source, origin))
+        except BadRow as bad:
+            refused.append(f"{origin}: {bad}")
 
 
 def _said(record: object) -> Iterator[str]:

@@ -51,9 +51,9 @@ def run_groups(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     """(total, losses [G], whether each group counted [G], gradients of total for the inputs that are wanted)."""
     weights, groups = plan.weights, plan.groups
-    more, owner = _later_rows(groups[:, 0], groups[:, 1])
+    more, owner = _later_rows(groups[:, 0], groups[:, 1], len(plan.targets))
     log_rest = _log_rest(inputs, plan.targets, more, owner, plan.options, weights)
-    their_more, their_owner = _later_rows(groups[:, 2], groups[:, 3])
+    their_more, their_owner = _later_rows(groups[:, 2], groups[:, 3], len(plan.teacher_targets))
     their_log_rest = _log_rest(
         plan.teacher, plan.teacher_targets, their_more, their_owner, plan.teacher_options, weights
     )
@@ -101,10 +101,11 @@ def _accumulate(gradients: list[Tensor | None], inputs: Inputs, rows: Tensor, dz
         d_up.addmm_(dz.t(), inputs.reduced[rows])
 
 
-def _later_rows(first: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that are the second or later of their group, and the group of each."""
+def _later_rows(first: Tensor, end: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Which of the groups' ``rows`` are the second or later of their group, and the group of each."""
     counts = end - first - 1
-    owner = torch.repeat_interleave(torch.arange(len(first), device=first.device), counts)
+    groups = torch.arange(len(first), device=first.device)
+    owner = torch.repeat_interleave(groups, counts, output_size=rows - len(first))  # else the host reads their sum
     before = (counts.cumsum(0) - counts)[owner]
     return torch.arange(len(owner), device=first.device) - before + first[owner] + 1, owner
 

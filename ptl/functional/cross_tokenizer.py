@@ -132,8 +132,8 @@ def fused_cross_tokenizer_loss(
     probability.
 
     Args:
-        student: N rows, those of all groups.
-        teacher: M rows, those of all groups.
+        student: N rows, those of all groups and no others: how many there are is known without asking the device.
+        teacher: M rows, likewise.
         groups: int64 [G, 4]: first row and row after the last in the student's, then in the teacher's; no row is in two
             groups, and none is empty.
         weights: [G], any finite numbers; no gradient flows to them.

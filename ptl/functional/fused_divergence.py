@@ -222,7 +222,8 @@ def _run(
                 assert y_all is not None
                 taught: Tensor | SparseTargets = _capped(y_all[inside], weights.dtype, teacher.softcap)
             else:
-                taught = SparseTargets(*(tensor[part] for tensor in teacher))
+                rest = teacher.tail[part], teacher.entropy[part], teacher.whole
+                taught = SparseTargets(teacher.ids[part], teacher.logprobs[part], *rest)
             part_rows = _Rows(*(None if row is None else row[part] for row in rows))  # pyright: ignore[reportArgumentType]
             gradient = _block(z[inside], taught, targets[part], weights[part], options, part_rows, any(wanted))
             if gradient is not None:
@@ -334,8 +335,8 @@ def _sparse_rows(
     log_p = kept.logprobs.to(log_q.dtype).masked_fill(~used, float("-inf"))
     tail = kept.tail.to(log_q.dtype)
     log_q_kept = log_q.gather(1, ids)
-    if divergence.kind == "forward_kl" and bool((tail == float("-inf")).all()):
-        # Nothing is left out. Of a sample the exact -H(p) is better than the sample's own.
+    if divergence.kind == "forward_kl" and _is_whole(kept):
+        # Of a sample the exact -H(p) is better than the sample's own.
         p = log_p.exp()
         value = -(p * log_q_kept.masked_fill(~used, 0.0)).sum(-1) - kept.entropy.to(log_q.dtype)
         return value, (q * p.sum(-1, keepdim=True)).scatter_add_(1, ids, -p), bad
@@ -350,6 +351,11 @@ def _sparse_rows(
     # Every id of the rest moves the rest in proportion to its share of it; a kept id has its own.
     d_a = (q * (d_all[:, -1:] / q_all[:, -1:])).masked_fill_(rest == float("-inf"), 0.0)
     return value, d_a.scatter_add_(1, ids, d_all[:, :-1].masked_fill(~used, 0.0)), bad
+
+
+def _is_whole(kept: SparseTargets) -> bool:
+    """Whether nothing is left out."""
+    return bool((kept.tail == float("-inf")).all()) if kept.whole is None else kept.whole
 
 
 def _check(student: Side, teacher: Side | SparseTargets, targets: Tensor, loss_weights: Tensor, vocab: int) -> None:

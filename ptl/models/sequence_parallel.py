@@ -105,6 +105,7 @@ def filled_row(batch: TokenBatch, size: int) -> TokenBatch:
         cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:] + missing]),
         rows=None,
         host_lengths=None if batch.host_lengths is None else np.append(batch.host_lengths, missing),
+        documents=None,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ptl.data.batches import sent
 from ptl.data.cross_teacher import CrossTeacher
 from ptl.data.fingerprints import open_cache
 from ptl.data.on_policy import OnPolicy, rewritten
@@ -323,8 +324,7 @@ class Distillation(Objective):
 
     def _kept(self, batch: TokenBatch) -> SparseTargets:
         """What the cache keeps of the teacher for the batch's trained tokens."""
-        kept = self._caches["train" if self.training else "val"].lookup(batch.on("cpu"))
-        return SparseTargets(*(tensor.to(batch.input_ids.device) for tensor in kept))
+        return self._caches["train" if self.training else "val"].lookup(batch)
 
     def _teacher_blocks(self) -> dict[int, int]:
         """The teacher's block for each block of the student that is matched."""
@@ -348,8 +348,8 @@ class Distillation(Objective):
     def _factors(self, batch: TokenBatch) -> Tensor:
         """The factor of each document of the batch."""
         names = self.data.source_names("train" if self.training else "val")
-        factors = [self.source_weights.get(name, 1.0) for name in names]
-        return torch.tensor(factors, device=batch.loss_mask.device)[batch.sources]
+        factors = torch.tensor([self.source_weights.get(name, 1.0) for name in names])
+        return sent([factors], batch.loss_mask.device)[0][batch.sources]
 
     def _metrics(
         self,

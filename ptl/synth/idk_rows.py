@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from ptl.data.files import resolve
-from ptl.data.readers import blocks, first_rows
+from ptl.data.readers import first_rows, rows_of
 from ptl.data.records import parse_row
 from ptl.data.sources import BadRow, Source, check_record, detect_format
 from ptl.synth.asking import LeftOut
 from ptl.synth.idk import key_of
 from ptl.synth.idk_texts import Language, hedge, language_of, place_of, refusal
 from ptl.synth.questions import message_row
-from ptl.types import Conversation, Message, Origin
+from ptl.types import Conversation, Message
 
 Row = dict[str, Any]
 Decision = Literal["known", "between", "unknown"]
@@ -183,35 +183,34 @@ def _conversations(
         files = resolve(source)
         row_format = detect_format(source, () if source.format != "auto" else first_rows(source, files=files))
         check_record(source, row_format, Conversation)
-        for block in blocks(source, files=files):
-            for line, row in block.rows():
-                number += 1
-                origin = Origin(block.file, line)
-                try:
-                    record = _conversation(row, row_format, source, origin, taken)
-                    key = key_of(record.messages)
-                    if key in seen:
-                        raise BadRow("duplicate", "the conversation stands in an earlier row")
-                except BadRow as error:
-                    left_out(error, origin)
-                    continue
-                seen.add(key)
-                yield (place_of(key, "mix"), number), _mix_row(record, source)
+        for origin, row in rows_of(source, files):
+            number += 1
+            try:
+                record = parse_row(row, row_format, source, origin)
+                assert isinstance(record, Conversation)
+                key = _new_key(record, taken, seen)
+            except BadRow as error:
+                left_out(error, origin)
+                continue
+            seen.add(key)
+            yield (place_of(key, "mix"), number), _mix_row(record, source)
 
 
-def _conversation(
-    row: Mapping[str, Any] | BadRow, row_format: str, source: Source, origin: Origin, taken: set[str]
-) -> Conversation:
-    if isinstance(row, BadRow):
-        raise row
-    record = parse_row(row, row_format, source, origin)
-    assert isinstance(record, Conversation)
+def _new_key(record: Conversation, taken: set[str], seen: set[str]) -> str:
+    """The key of a conversation that was not seen and asks nothing of what is taken.
+
+    Raises:
+        BadRow: of any other.
+    """
     if not record.messages:
         raise BadRow("not_chat", "the row is plain text, which has no turns")
     for i, message in enumerate(record.messages):
         if message.role == "user" and taken & {key_of([message]), key_of(record.messages[: i + 1])}:
             raise BadRow("asked", "it asks what a graded question asks")
-    return record
+    key = key_of(record.messages)
+    if key in seen:
+        raise BadRow("duplicate", "the conversation stands in an earlier row")
+    return key
 
 
 def _mix_row(record: Conversation, source: Source) -> Row:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ptl.data.files import resolve
-from ptl.data.readers import blocks
+from ptl.data.readers import rows_of
 from ptl.data.records import parse_row
 from ptl.data.render import Renderer, RenderError, stop_token_ids
 from ptl.data.sources import BadRow, Source
@@ -82,22 +81,20 @@ def read_questions(
     """``questions`` of rows that are no records of training: ``read`` finds the question in each."""
     number = 0
     for place, source in enumerate(sources):
-        for block in blocks(source, files=resolve(source)):
-            for line, row in block.rows():
-                number += 1
-                origin = Origin(block.file, line)
-                try:
-                    if isinstance(row, BadRow):
-                        raise row
-                    messages, tools, known = read(row, place, origin)
-                    if system and messages[0].role not in ("system", "developer"):
-                        messages = (Message(role="system", content=system), *messages)
-                    ids = renderer.prompt(messages, tools)
-                except (BadRow, RenderError) as error:
-                    refuse(error, origin)
-                    continue
-                where = {"number": number - 1, "origin": origin}
-                yield Question(messages=messages, tools=tools, ids=ids, known=known, **where)
+        for origin, row in rows_of(source):
+            number += 1
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                messages, tools, known = read(row, place, origin)
+                if system and messages[0].role not in ("system", "developer"):
+                    messages = (Message(role="system", content=system), *messages)
+                ids = renderer.prompt(messages, tools)
+            except (BadRow, RenderError) as error:
+                refuse(error, origin)
+                continue
+            where = {"number": number - 1, "origin": origin}
+            yield Question(messages=messages, tools=tools, ids=ids, known=known, **where)
 
 
 def _asked(record: Record) -> tuple[Message, ...]:

@@ -29,30 +29,46 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 _NAMES = {"pi": math.pi, "e": math.e}
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "^": "**", "\u00a0": "", "\u202f": ""})
+_WORDS = {"plus": "+", "minus": "-", "times": "*", "multiplied by": "*", "divided by": "/"}
+_WORD = re.compile(r"\b(?:plus|minus|times|(?:multiplied|divided)\s+by)\b", re.IGNORECASE)
+_X = re.compile(r"(?<=\d)(?<!(?<![\w.])0)x(?=\d)|(?<=[\d)%])\s+x\s+(?=[\d.(])", re.IGNORECASE)
+"""An x that multiplies. ``2x - 3`` and ``2x(3)`` may be algebra, and ``0x10`` is a number."""
+_UNDERSTOOD = (
+    f"expected numbers, brackets, + - * / // % **, the words {', '.join(_WORDS)}, x between numbers, "
+    f"{', '.join((*_FUNCTIONS, *_NAMES))}"
+)
 
 
 def calculate(expression: str) -> str:
     """The value of an arithmetic expression.
 
     ``+ - * / // % **``, brackets, ``sqrt exp log log2 log10 sin cos tan atan abs round floor ceil min max pi e``; also
-    ``× ÷ − ^``, a thousands comma, and ``%`` behind a number for a hundredth. Integers and fractions are exact.
+    ``× ÷ − ^``, the words plus, minus, times, multiplied by and divided by, an x between numbers, a thousands comma,
+    and ``%`` behind a number for a hundredth. A word binds as its sign does: 2 plus 3 times 4 is 14. Integers and
+    fractions are exact.
 
     Raises:
         ValueError: it is none, or its value is too large.
     """
-    text = expression.strip().rstrip("=").translate(_SIGNS)
+    text = expression.strip().rstrip("=")
     if len(text) > LONGEST:
         raise ValueError(f"an expression of {len(text)} characters; expected at most {LONGEST}")
     try:
-        tree = ast.parse(_plain(text), mode="eval")
+        tree = ast.parse(_plain(_in_signs(text)), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ValueError(f"{expression[:100]!r} is no arithmetic expression") from None
+        raise ValueError(f"{expression[:100]!r} is no arithmetic expression: {_UNDERSTOOD}") from None
     try:
         return _written(_value(tree.body))
     except ZeroDivisionError:
         raise ValueError("division by zero") from None
     except (OverflowError, TypeError, RecursionError) as error:
         raise ValueError(f"{expression[:100]!r} has no value: {error}") from None
+
+
+def _in_signs(text: str) -> str:
+    """With Python's signs in place of other signs and of words."""
+    text = _WORD.sub(lambda found: _WORDS[" ".join(found[0].lower().split())], text)
+    return _X.sub("*", text).translate(_SIGNS)
 
 
 def _plain(text: str) -> str:
@@ -87,7 +103,7 @@ def _value(node: ast.AST) -> Number:
         if node.func.id == "round" and len(given) == 2:
             return _small(round(given[0], int(given[1])))
         return _small(_FUNCTIONS[node.func.id](*given))
-    raise ValueError(f"{ast.unparse(node)[:100]!r} is no arithmetic")
+    raise ValueError(f"{ast.unparse(node)[:100]!r} is no arithmetic: {_UNDERSTOOD}")
 
 
 def _power(base: Number, exponent: Number) -> Number:

@@ -99,17 +99,16 @@ def _documents(file: Path) -> Iterator[tuple[str, str]]:
     if file.suffix not in _ROWS:
         yield file.stem, file.read_text(encoding="utf-8", errors="replace")
         return
-    from ptl.data.readers import blocks
+    from ptl.data.readers import rows_of
     from ptl.data.sources import BadRow, Source
 
-    for block in blocks(Source(path=str(file))):
-        for line, row in block.rows():
-            if isinstance(row, BadRow):
-                raise ValueError(f"{file}:{line}: {row}")
-            text = row.get("text") or row.get("content")
-            if not isinstance(text, str):
-                raise ValueError(f"{file}:{line} has no text; expected a column text or content, got {sorted(row)}")
-            yield str(row.get("title") or file.stem), text
+    for origin, row in rows_of(Source(path=str(file))):
+        if isinstance(row, BadRow):
+            raise ValueError(f"{file}:{origin.line}: {row}")
+        text = row.get("text") or row.get("content")
+        if not isinstance(text, str):
+            raise ValueError(f"{file}:{origin.line} has no text; expected a column text or content, got {sorted(row)}")
+        yield str(row.get("title") or file.stem), text
 
 
 def _passages(text: str) -> Iterator[str]:

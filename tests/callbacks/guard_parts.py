@@ -92,8 +92,9 @@ def guarded(folder: str, model: str, data: str) -> dict[str, Any]:
         **{f"zero{stage}": skipped(root / f"zero{stage}", stage) for stage in (0, 2, 3)},
         "spiked": {name: spiked(root / "spiked" / name, **how) for name, how in SPIKED.items()},
         "refused": refused(root / "refused"),
-        "rewound": rewound(root / "rewound", Path(model), Path(data)),
-        "rewound from spikes": rewound(root / "spikes", Path(model), Path(data), spikes=True),
+        "rewound": {
+            name: rewound(root / "rewound" / name, Path(model), Path(data), **how) for name, how in REWOUND.items()
+        },
         "slowed": slowed(root / "slowed"),
     }
 
@@ -193,8 +194,16 @@ def refused(folder: Path) -> str:
     return ""
 
 
-def rewound(folder: Path, model: Path, data: Path, *, spikes: bool = False) -> dict[str, Any]:
-    """A rewind under ZeRO-2, whose checkpoints are folders: what each attempt trained on."""
+REWOUND: dict[str, dict[str, Any]] = {
+    f"zero{stage}{' spikes' * spikes}": {"stage": stage, "spikes": spikes}
+    for stage in (1, 2, 3)
+    for spikes in (False, True)
+}
+"""The stages whose checkpoints are folders, after losses that are not finite and after spikes."""
+
+
+def rewound(folder: Path, model: Path, data: Path, *, stage: Any, spikes: bool) -> dict[str, Any]:
+    """A rewind under ZeRO: what each attempt trained on, and the sum of the weights' sizes at its end."""
     factor, spike = (1e6, Spike(deviations=100, least=3, window=8)) if spikes else (float("nan"), None)
     out: dict[str, Any] = {}
     for name, poison in (("first", [5, 6]), ("second", [])):
@@ -203,7 +212,7 @@ def rewound(folder: Path, model: Path, data: Path, *, spikes: bool = False) -> d
         fit = trainer(
             folder,
             [*callbacks, RunRecord(folder)],
-            strategy=ZeROStrategy(stage=2),
+            strategy=ZeROStrategy(stage=stage),
             devices=2,
             max_steps=-1,
             max_epochs=4,
@@ -214,7 +223,9 @@ def rewound(folder: Path, model: Path, data: Path, *, spikes: bool = False) -> d
             fit.fit(module, source, ckpt_path=latest_checkpoint(folder))
         except RewindError as error:
             out["error"] = str(error)
-        out[name] = {"rows": rows.seen, "step": fit.global_step, "epoch": fit.current_epoch}
+        weights = consolidated_state_dict(module.policy)
+        size = float(sum(w.double().abs().sum() for w in weights.values())) if weights else None
+        out[name] = {"rows": rows.seen, "step": fit.global_step, "epoch": fit.current_epoch, "size": size}
     rewind = read_rewind(folder)
     out["rewind"] = [rewind.step, rewind.stopped] if rewind else None
     out["aside"] = sorted(path.name for path in (folder / "set-aside").iterdir())

@@ -38,11 +38,12 @@ def sft(model: Path, *, lora: LoRA | None = None, lr: float = 1e-2, **options) -
     return SFT(spec, optimizer=Optimizer(lr=lr), schedule=Schedule(kind="constant", warmup=0))
 
 
-def chat(model: Path, data: Path, *, val: bool = False, micro_batch_size: int = 3) -> ChatDataModule:
+def chat(model: Path, data: Path, *, val: bool = False, micro_batch_size: int = 3, **options) -> ChatDataModule:
     return ChatDataModule(
         [Source(path=str(data))],
         val=[Source(path=str(data), limit=3)] if val else None,
         tokenizer=str(model),
         micro_batch_size=micro_batch_size,
         preparation=Preparation(cache_dir=str(data.parent / "cache"), num_proc=1),
+        **options,
     )

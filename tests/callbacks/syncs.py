@@ -20,8 +20,9 @@ from ptl.callbacks.record import RunRecord
 from ptl.callbacks.stragglers import Stragglers
 from ptl.callbacks.throughput import Throughput
 from ptl.callbacks.watchdog import Watchdog
+from ptl.data.module import ChatDataModule
+from ptl.objectives.base import Objective
 from tests.callbacks.parts import trainer
-from tests.callbacks.real import chat, sft
 from tests.ranks import ROOT
 
 _READS = {
@@ -38,6 +39,8 @@ _READS = {
     torch.nonzero,
 }
 _SCALAR = torch.ops.aten._local_scalar_dense.default
+_SHAPED = {torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default}
+"""Calls whose result has a shape that only the device knows."""
 _HERE = Path(__file__).name
 MICRO_BATCHES = 8
 """Of a rank, in what is counted."""
@@ -99,9 +102,17 @@ class _Dispatches(TorchDispatchMode):
         self.waits = waits
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        if function is _SCALAR and not self.waits.seen:
+        if not self.waits.seen and (function is _SCALAR or _is_shaped(function, arguments, keywords or {})):
             self.waits.note()
         return function(*arguments, **(keywords or {}))
+
+
+def _is_shaped(function: Any, arguments: Any, keywords: dict[str, Any]) -> bool:
+    if function is torch.ops.aten.index.Tensor:
+        return any(place is not None and place.dtype == torch.bool for place in arguments[1])
+    if function is torch.ops.aten.repeat_interleave.Tensor:
+        return keywords.get("output_size") is None
+    return function in _SHAPED
 
 
 def _asker(frame: FrameType | None) -> tuple[str, str]:
@@ -139,7 +150,7 @@ class _Window(Callback):
 
 
 def count(
-    model: Path, rows: Path, run: Path, *, lora: Any = None, spike: Any = None, ranks: int = 1, preemption: bool = True
+    module: Objective, data: ChatDataModule, run: Path, *, spike: Any = None, ranks: int = 1, preemption: bool = True
 ) -> dict[str, dict[str, int]]:
     """Waits by owner and place in eight micro-batches, four optimizer steps, of which none is logged."""
     waits = Waits()
@@ -155,7 +166,6 @@ def count(
     options = {"log_every_n_steps": 10, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0, "max_steps": 8}
     if ranks > 1:
         options |= {"strategy": "ddp", "devices": ranks}
-    module, data = sft(model, lora=lora), chat(model, rows, micro_batch_size=1)
     data.bind(view=module.view, tokenizer=None)
     fit = trainer(run, [*callbacks, *([Preemption()] if preemption else [])], **options)
     fit.fit(module, data)

@@ -9,7 +9,7 @@ from ptl.callbacks.guard import Spike
 from ptl.callbacks.health import DivergedError, Health
 from ptl.callbacks.jsonl import read_metrics, read_rows
 from ptl.callbacks.stragglers import Pace, Stragglers, over_median
-from tests.callbacks.guard_parts import SPIKED, Kinds, Poison, numbered
+from tests.callbacks.guard_parts import REWOUND, SPIKED, Kinds, Poison, numbered
 from tests.callbacks.parts import loader, trainer
 from tests.callbacks.real import make_inputs
 from tests.ranks import run_ranks
@@ -160,20 +160,30 @@ def test_spikes_are_refused_where_no_norm_is_taken_before_the_step(guarded):
         assert "compute_grad_norm False: set it to True, or remove health.spike" in result["refused"]
 
 
-@pytest.mark.parametrize("why", ["rewound", "rewound from spikes"])
-def test_a_rewind_under_zero(guarded, why):
+@pytest.mark.parametrize("name", REWOUND)
+def test_a_rewind_under_zero(guarded, name):
     """Two steps an epoch of six rows: steps 5 and 6 break, and what follows step 4 is the data of step 7."""
     for result in guarded:
-        rewound = result[why]
-        assert ("spikes" in rewound["error"]) == ("spikes" in why)
+        rewound = result["rewound"][name]
+        assert ("spikes" in rewound["error"]) == REWOUND[name]["spikes"]
         assert "since optimizer step 5" in rewound["error"] and rewound["rewind"] == [4, 6]
         assert rewound["aside"] == ["step=00000005.ckpt"]
         assert (rewound["second"]["step"], rewound["second"]["epoch"]) == (6, 4)
-    first, second = ({int(s): r for s, r in guarded[0][why][n]["rows"].items()} for n in ("first", "second"))
-    other = {int(s): r for s, r in guarded[1][why]["second"]["rows"].items()}
+    one, two = (result["rewound"][name] for result in guarded)
+    first, second = ({int(s): r for s, r in one[n]["rows"].items()} for n in ("first", "second"))
+    other = {int(s): r for s, r in two["second"]["rows"].items()}
     assert sorted(first) == [1, 2, 3, 4, 5, 6] and sorted(second) == sorted(other) == [5, 6]
     # What is left is the last epoch, each row once.
     assert sorted(row for rows in [*second.values(), *other.values()] for row in rows) == list(range(12))
+
+
+def test_a_rewind_ends_with_the_same_weights_whatever_broke_and_under_every_stage(guarded):
+    """What was left out has left no trace in weights or moments; the stages differ by the order of their sums."""
+    first, second = ([case[n]["size"] for case in guarded[0]["rewound"].values()] for n in ("first", "second"))
+    for sizes in (first, second):
+        assert sizes[::2] == sizes[1::2]
+        assert sizes == pytest.approx([sizes[0]] * len(REWOUND), rel=1e-6)
+    assert second[0] != pytest.approx(first[0], rel=1e-5)
 
 
 # ---- who is slow ----

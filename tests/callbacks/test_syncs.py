@@ -1,6 +1,7 @@
 """Between two logs no callback of ptl's, no objective and no data module makes the host wait for the device."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +12,15 @@ from ptl.data.batches import collate_tokens
 from ptl.data.groups import collate_groups
 from ptl.models.attention import NAME as PACKED
 from ptl.models.heads import hidden_states, lm_loss
-from ptl.models.spec import LoRA
-from tests.callbacks.real import make_inputs
+from ptl.models.spec import LoRA, ModelSpec
+from ptl.models.teachers import Teacher
+from ptl.objectives.distillation import Distillation
+from tests import tiny
+from tests.callbacks.real import chat, make_inputs, sft
 from tests.callbacks.syncs import MICRO_BATCHES, Waits, count
 from tests.models import zoo
 from tests.ranks import run_ranks
+from tests.synth import parts
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +30,45 @@ def inputs(tmp_path_factory):
 
 @pytest.mark.parametrize("case", [{}, {"lora": LoRA(rank=4)}, {"spike": Spike(least=2, window=8)}])
 def test_between_logs_nothing_is_read(inputs, tmp_path, case):
-    assert count(*inputs, tmp_path, **case) == {}
+    module = sft(inputs[0], lora=case.get("lora"))
+    assert count(module, chat(*inputs, micro_batch_size=1), tmp_path, spike=case.get("spike")) == {}
+
+
+@pytest.fixture(scope="module")
+def taught(inputs, tmp_path_factory):
+    """A teacher with caches of it in both modes, and another of another tokenizer."""
+    folder = tmp_path_factory.mktemp("taught")
+    others = tiny.make_tokenizer(special=("<pad>", "<|im_end|>", "<|im_start|>"))
+    for name, tokenizer in (("teacher", tiny.make_tokenizer()), ("other", others)):
+        tiny.save_folder(folder / name, tokenizer, layers=2, hidden=64)
+    data = chat(*inputs)
+    data.bind(view=sft(inputs[0]).view, tokenizer=None)
+    for mode in ("topk", "sample"):
+        parts.write(folder, folder / mode, data=data, mode=mode, temperature=1.0)
+    return folder
+
+
+TEACHERS: dict[str, dict[str, Any]] = {
+    "live": {"teacher": "teacher"},
+    "topk": {"cache": "topk"},
+    "sample": {"cache": "sample"},
+    "uld": {"teacher": "other", "cross_tokenizer": "uld"},
+    "hybrid": {"teacher": "other", "cross_tokenizer": "hybrid", "ce": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [*((name, "packed") for name in TEACHERS), ("topk", "padded"), ("hybrid", "padded")]
+)
+def test_between_logs_no_teacher_reads_the_batch(inputs, taught, tmp_path, name, layout):
+    options = dict(TEACHERS[name])
+    named, cache = options.pop("teacher", None), options.pop("cache", None)
+    spec = None if named is None else ModelSpec(name=str(taught / named))
+    teacher = Teacher(model=spec, cache=None if cache is None else str(taught / cache))
+    module = Distillation(ModelSpec(name=str(inputs[0])), teacher, **options)
+    reads = count(module, chat(*inputs, micro_batch_size=1, layout=layout), tmp_path).get("ptl", {})
+    reads.pop("fused_divergence.py:_dense_rows", None)  # looks at a CPU's numbers alone
+    assert reads == {}
 
 
 def test_trap_scale_0_8_no_rank_waits_for_its_device_to_learn_of_a_signal(inputs, tmp_path):
@@ -43,7 +86,8 @@ def test_trap_scale_0_8_no_rank_waits_for_its_device_to_learn_of_a_signal(inputs
 def on_two_ranks(model: str, rows: str, run: str) -> dict:
     out = {}
     for name, preemption in (("with", True), ("without", False)):
-        out[name] = count(Path(model), Path(rows), Path(run) / name, ranks=2, preemption=preemption)
+        data = chat(Path(model), Path(rows), micro_batch_size=1)
+        out[name] = count(sft(Path(model)), data, Path(run) / name, ranks=2, preemption=preemption)
     return out
 
 
@@ -92,4 +136,7 @@ def test_the_count_sees_what_waits():
         bool(value[0] > 0)
         value.cpu()
         torch.where(value > 0, value, 0.0)
-    assert waits.places == {("tests", "test_syncs.py:test_the_count_sees_what_waits"): 5}
+        value[value > 0]
+        torch.repeat_interleave(value, value.long())
+        torch.repeat_interleave(value, value.long(), output_size=3)
+    assert waits.places == {("tests", "test_syncs.py:test_the_count_sees_what_waits"): 7}

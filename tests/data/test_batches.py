@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
-from ptl.data.batches import collate_tokens, mask_of, spans_of
+from ptl.data.batches import collate_tokens, documents_of, mask_of, spans_of
 from ptl.models.heads import shifted_targets
 from ptl.types import TokenBatch
 
@@ -77,7 +77,7 @@ def test_types(layout):
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_what_the_host_knows_is_what_the_tensors_say(layout):
     first = {"ids": np.array([1, 2, 3], np.int32), "spans": [0, 3], "span_weights": [1.0], "source": 0}
-    for rows in (ROWS, [first, first], [row([4, 5], [0, 0])], [row([4], [0])]):
+    for rows in (ROWS, [{**first, "row": 7}, {**first, "row": 2}], [row([4, 5], [0, 0])], [row([4], [0])]):
         batch = collate_tokens(rows, layout=layout, pad_id=0, window_weight=1.0)
         read = batch._replace(trained=None, host_trained=None, host_lengths=None)
         assert batch.trained is not None and batch.host_trained is not None and batch.host_lengths is not None
@@ -85,10 +85,16 @@ def test_what_the_host_knows_is_what_the_tensors_say(layout):
         for known, asked in zip(shifted_targets(batch), shifted_targets(read), strict=True):
             assert known.dtype == asked.dtype and torch.equal(known, asked)
         assert batch.host_lengths.tolist() == [len(one["ids"]) for one in rows]
+        assert batch.documents is not None
+        for held, found in zip(batch.documents, documents_of(batch._replace(documents=None)), strict=True):
+            assert (held is None) == (found is None)
+            if held is not None and found is not None:
+                assert np.array_equal(held, found) and held.dtype == found.dtype
         moved = move_data_to_device(batch, torch.device("cpu"))
         for there in (batch.on("cpu"), moved):
             assert isinstance(there, TokenBatch) and isinstance(there.host_lengths, np.ndarray)
             assert torch.equal(there.input_ids, batch.input_ids)
+            assert there.documents is not None and there.documents.ids is batch.documents.ids
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

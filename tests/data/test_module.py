@@ -84,7 +84,7 @@ def test_workers_give_the_same_batches(chats, model_folder):
         streams.append(list(data.train_dataloader()))
         data.teardown("fit")
     for a, b in zip(*streams, strict=True):
-        for x, y in zip(a, b, strict=True):
+        for x, y in zip((*a[:-1], *a.documents), (*b[:-1], *b.documents), strict=True):
             assert (x is None) == (y is None) and (x is None or torch.equal(torch.as_tensor(x), torch.as_tensor(y)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -40,6 +40,18 @@ def case(dtype=torch.float64, seed=0, scale=1.0) -> Case:
     teacher = Side(make(7, HT, grad=False), make(VT, HT, grad=False), THEIRS, softcap=3.0)
     ours, theirs = (torch.tensor(column) for column in zip(*PAIRS))
     return Case(student, teacher, matched(ours, theirs, VS, VT))
+
+
+def part(c: Case, groups: Tensor) -> tuple[Side, Side, Tensor]:
+    """Some of the groups, and of both sides the rows of these alone."""
+    sides, columns = [], []
+    for side, (first, end) in ((c.student, groups[:, :2].unbind(1)), (c.teacher, groups[:, 2:].unbind(1))):
+        rows = torch.cat([torch.arange(0), *map(torch.arange, first.tolist(), end.tolist())])
+        low_rank = None if side.low_rank is None else (side.low_rank[0][rows], side.low_rank[1])
+        sides.append(side._replace(hidden=side.hidden[rows], targets=side.targets[rows], low_rank=low_rank))
+        ends = (end - first).cumsum(0)
+        columns += [ends - (end - first), ends]
+    return sides[0], sides[1], torch.stack(columns, 1)
 
 
 def logits(side: Side) -> Tensor:
@@ -173,7 +185,7 @@ def test_trap_rm_kd_8_a_later_row_counts_by_its_observed_token_alone():
     """Its state is pulled along W^T (onehot - softmax): no other entry of its distribution is compared."""
     c = case()
     student = c.student._replace(bias=None, low_rank=None, softcap=None, logit_scale=1.0)
-    out = fused_cross_tokenizer_loss(student, c.teacher, GROUPS[1:2], torch.ones(1), c.table)
+    out = fused_cross_tokenizer_loss(*part(replace(c, student=student), GROUPS[1:2]), torch.ones(1), c.table)
     (gradient,) = torch.autograd.grad(out.total, student.hidden)
     for row, later in ((1, False), (2, True), (3, True)):
         p = (student.hidden[row] @ student.weight.T).softmax(-1)
@@ -219,11 +231,10 @@ def test_law_1_micro_batches_add_up_and_no_group_is_a_zero_with_a_graph():
     c = case()
     whole = fused_cross_tokenizer_loss(c.student, c.teacher, GROUPS, WEIGHTS, c.table).total
     parts = [
-        fused_cross_tokenizer_loss(c.student, c.teacher, GROUPS[p], WEIGHTS[p], c.table).total
-        for p in (slice(0, 2), slice(2, 5))
+        fused_cross_tokenizer_loss(*part(c, GROUPS[p]), WEIGHTS[p], c.table).total for p in (slice(0, 2), slice(2, 5))
     ]
     torch.testing.assert_close(sum(parts), whole)
-    none = fused_cross_tokenizer_loss(c.student, c.teacher, GROUPS[:0], WEIGHTS[:0], c.table)
+    none = fused_cross_tokenizer_loss(*part(c, GROUPS[:0]), WEIGHTS[:0], c.table)
     none.total.backward()
     assert none.total == 0 and all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves(c.student))
 

@@ -412,6 +412,9 @@ def test_a_sample_is_unbiased_and_refuses_nothing_it_can_do():
         out = fused_divergence(side(student, grown=False), sample, targets, weights, divergence=Divergence())
         totals.append(out.total.detach())
         grads.append(torch.autograd.grad(out.total, [student["hidden"]])[0])
+    known = sample._replace(whole=True)
+    told = fused_divergence(side(student, grown=False), known, targets, weights, divergence=Divergence())
+    assert torch.equal(told.total, totals[-1])
     values = torch.stack(totals)
     error = float(values.std() / len(values) ** 0.5)
     assert abs(float(values.mean() - dense.total)) < 4 * error
