@@ -27,9 +27,9 @@ SHARD_BYTES = 4 * 2**30
 
 @contextmanager
 def shared_folder(parent: str, name: str, strategy: Strategy, writes: bool) -> Iterator[Path]:
-    """A folder that one rank of those that see it makes and removes; all ranks enter and leave together."""
-    folder = Path(parent) / name
-    agreed(strategy, lambda: folder.mkdir(mode=0o700) if writes else None)
+    """A folder that one rank of those that see it makes, with its parents, and removes; all enter together."""
+    folder = Path(parent).absolute() / name  # a server may stand in another place
+    agreed(strategy, lambda: folder.mkdir(mode=0o700, parents=True) if writes else None)
     try:
         yield folder
     finally:

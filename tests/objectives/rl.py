@@ -105,12 +105,12 @@ def flat_weights(module: Any) -> np.ndarray:
     return law.flat({k: v.detach() for k, v in module.state_dict(keep_vars=True).items() if v.requires_grad})
 
 
-def make_folder(folder: Path) -> Path:
+def make_folder(folder: Path, **shape: int) -> Path:
     """A tiny language model whose answers differ in length, another model as a reference, and prompts."""
     # Of so few words the one that ends an answer is drawn often, so that lengths are ragged and some answers are cut.
     tokenizer = word_tokenizer([*law.WORDS, "a", "e", "io"])
     for name, seed in (("model", 0), ("reference", 3)):
-        tiny.save_folder(folder / name, tokenizer, seed=seed, tie=False, initializer_range=0.2)
+        tiny.save_folder(folder / name, tokenizer, seed=seed, tie=False, initializer_range=0.2, **shape)
     rows = write_rows(folder / "rows.jsonl")
     (folder / "partial.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-3]))
     return folder

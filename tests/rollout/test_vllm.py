@@ -27,7 +27,7 @@ from ptl.models.spec import LoRA, ModelSpec
 from ptl.rollout.engine import Asked, Draws
 from ptl.rollout.vllm import INSTALL, VLLM
 from ptl.rollout.vllm_requests import sampling
-from ptl.rollout.weights import write_adapter, write_model
+from ptl.rollout.weights import shared_folder, write_adapter, write_model
 from tests import tiny
 
 VOCAB = 400
@@ -138,6 +138,14 @@ def test_experts_are_written_as_published_checkpoints_name_them(tmp_path):
     ids = torch.tensor([ASKED[2].ids]) % 64
     read = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.allclose(read(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-6)
+
+
+def test_weights_pass_through_a_folder_that_nobody_has_made_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    strategy = SingleDeviceStrategy(device=torch.device("cpu"))
+    with shared_folder("runs/first/weights", "name", strategy, True) as folder:
+        assert folder == tmp_path / "runs/first/weights/name" and folder.stat().st_mode & 0o777 == 0o700
+    assert not folder.exists() and folder.parent.exists()
 
 
 def test_a_rank_that_cannot_write_walks_to_the_end_before_it_says_so(tmp_path, monkeypatch):
