@@ -140,7 +140,7 @@ def test_trap_grpo_15_another_seed_or_prompt_number_draws_other_answers():
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.6)])
 def test_trap_grpo_2_no_setting_of_the_model_changes_what_is_drawn(temperature, top_p):
-    model, many = make(), 4000
+    model, many = make(), 1500
     poison = dict(do_sample=True, top_k=1, repetition_penalty=5.0, min_p=0.9, no_repeat_ngram_size=1, temperature=0.01)
     for name, value in {**poison, "suppress_tokens": [3, 4, 5], "bad_words_ids": [[6]], "max_new_tokens": 1}.items():
         setattr(model.generation_config, name, value)
