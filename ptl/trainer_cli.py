@@ -48,7 +48,7 @@ from ptl.objectives.base import Objective
 from ptl.rewards.panel import RewardError
 from ptl.strategies.deepspeed import ZeROStrategy
 from ptl.strategies.flight import set_flight_recorder
-from ptl.strategies.meeting import meet
+from ptl.strategies.meeting import LAUNCHED, meet
 from ptl.strategies.slurm import check_job
 
 _RUN_DIR = "PTL_RUN_DIR"
@@ -258,13 +258,15 @@ def _checkpoint_of(folder: Path, resume: str) -> Path | None:
 
 @contextlib.contextmanager
 def _own_environment() -> Iterator[None]:
-    """Takes back the run folder's variable, which the ranks that this process launches inherit."""
-    before = os.environ.get(_RUN_DIR)
+    """Takes back the variables that the ranks which this process launches inherit."""
+    before = {name: os.environ.get(name) for name in (_RUN_DIR, LAUNCHED)}
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop(_RUN_DIR, None)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from lightning.fabric.plugins.environments import ClusterEnvironment
 from torch.distributed import TCPStore
 
 _HERE, _VERDICT, _HEARD = "ptl/here/{}", "ptl/verdict", "ptl/heard/{}"
+LAUNCHED = "PTL_LAUNCHED"
+"""Set in the process that starts the other ranks itself, for them to inherit: it does not come to a meeting."""
 _GRACE = 30.0
 """Seconds that the others wait for rank 0's word beyond its own waiting, and it for them to have read it."""
 
@@ -33,8 +35,11 @@ def meet(environment: ClusterEnvironment, seconds: float) -> TCPStore | None:
         ValueError: on every rank that can be told: the ranks that are missing, a port that is taken, or an address that
             cannot be reached.
     """
+    if not environment.creates_processes_externally:
+        os.environ[LAUNCHED] = "1"
+        return None
     world, rank = environment.world_size(), environment.global_rank()
-    if world == 1 or not environment.creates_processes_externally:
+    if world == 1 or LAUNCHED in os.environ:
         return None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None  # torchrun's agents have met, and one of them listens at the port
