@@ -71,7 +71,6 @@ launch() {
   case $first in
     *'Exited with exit code '*) code=${first##* } ;;
     *Killed*) code=137 ;;
-    *'Segmentation fault'*) code=139 ;;
   esac
   return "$code"
 }
