@@ -68,10 +68,8 @@ launch() {
     "${container_command[@]}" "$@" 2>"$logs/srun.log" || code=$?
   first=$(grep -m 1 -oE 'tasks? [0-9,-]+: [A-Z].*' "$logs/srun.log")
   cat "$logs/srun.log" >&2
-  case $first in
-    *'Exited with exit code '*) code=${first##* } ;;
-    *Killed*) code=137 ;;
-  esac
+  [[ $first != *'exit code '* ]] || code=${first##* }
+  [[ $first != *Killed* ]] || code=137
   return "$code"
 }
 
