@@ -1,4 +1,4 @@
-"""``ptl fit`` on several devices of one machine, without srun or torchrun: Lightning starts the other ranks."""
+"""``ptl fit`` on several devices of one machine, without srun: Lightning or torchrun starts the ranks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def folder(tmp_path_factory):
     return law.make_folder(tmp_path_factory.mktemp("launch"))
 
 
-def fit(folder, run, devices, *more):
+def fit(folder, run, devices, *more, start=("-m", "ptl.cli")):
     """The losses of a run in processes of its own, and what it recorded of itself."""
     command = [
-        *(sys.executable, "-m", "ptl.cli", "fit", "--model", "ptl.objectives.sft.SFT"),
+        *(sys.executable, *start, "fit", "--model", "ptl.objectives.sft.SFT"),
         *("--model.policy.name", f"{folder}/model", "--data.train", json.dumps([{"path": f"{folder}/rows.jsonl"}])),
         *("--data.max_length", "256", "--data.preparation.num_proc", "1", "--run.dir", str(run)),
         *("--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.devices", str(devices)),
@@ -56,5 +56,12 @@ def test_law_1_ranks_that_lightning_starts_train_as_one_process(folder, alone, t
     """Such a rank must not wait for a meeting that the process which started it does not come to."""
     compile_extensions()
     losses, environment = fit(folder, tmp_path / "run", 2, *strategy)
+    assert environment["world_size"] == 2
+    assert losses == pytest.approx(alone, rel=1e-5)
+
+
+def test_law_1_ranks_that_torchrun_starts_train_as_one_process(folder, alone, tmp_path):
+    start = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ptl.cli")
+    losses, environment = fit(folder, tmp_path / "run", 2, "--trainer.strategy", "ddp", start=start)
     assert environment["world_size"] == 2
     assert losses == pytest.approx(alone, rel=1e-5)
