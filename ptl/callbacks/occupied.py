@@ -25,13 +25,13 @@ def occupy(run_dir: str | os.PathLike[str]) -> IO[str] | None:
         ValueError: a process that runs has the folder.
     """
     path = Path(run_dir) / OCCUPIED_FILE
-    job = os.environ.get("SLURM_JOB_ID")
+    job, restarts = (os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "RESTART_COUNT"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _taken(path)
         if file is None:
             holder = _holder(path)
-            if not job or holder.get("job") != job:
+            if not job or holder.get("job") != job or holder.get("restarts") == restarts:
                 raise ValueError(
                     f"the run folder {run_dir} is in use by process {holder.get('pid', '?')} on "
                     f"{holder.get('host', 'another node')}: wait for its end or pass another --run.dir (where that "
@@ -44,7 +44,8 @@ def occupy(run_dir: str | os.PathLike[str]) -> IO[str] | None:
         return None
     if file is not None:
         file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "job": job}) + "\n")
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "job": job, "restarts": restarts}
+        file.write(json.dumps(holder) + "\n")
         file.flush()
     return file
 

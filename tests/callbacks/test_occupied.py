@@ -62,8 +62,12 @@ def test_a_loader_process_that_lives_on_does_not_keep_the_folder(tmp_path):
 def test_the_next_attempt_of_a_job_takes_the_folder_from_the_last(tmp_path, monkeypatch):
     """A lock server may not have heard yet that a node is gone."""
     monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     with held(tmp_path) as process:
         assert json.loads((tmp_path / OCCUPIED_FILE).read_text())["pid"] == process.pid
+        with pytest.raises(ValueError, match="in use"):  # another step of the same attempt, which lives
+            occupy(tmp_path)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         file = occupy(tmp_path)
         assert file is not None and json.loads((tmp_path / OCCUPIED_FILE).read_text())["job"] == "17"
         file.close()
