@@ -108,9 +108,10 @@ def peer_name(stage: str) -> str:
 def result(args: argparse.Namespace, spec: dict[str, Any], pairs: Sequence[Pair], peer: str) -> dict[str, Any]:
     """The line that is recorded, but for the common keys."""
     adapter = {"none": "full"}.get(spec.get("adapter", "none"), spec.get("adapter"))
+    engine = "" if spec.get("engine", "hf") == "hf" else spec["engine"]
     return {
         "stage": args.stage,
-        "variant": f"{adapter}-{args.dtype}",
+        "variant": "-".join(part for part in (adapter, args.dtype, engine) if part),
         "peer": peer,
         **compare(pairs, warmup=args.warmup, dtype="fp32" if args.dtype == "fp32" else "bf16"),
         "model": args.model.name,

@@ -46,6 +46,7 @@ from ptl.data.audit import DUPLICATE
 from ptl.data.module import ChatDataModule
 from ptl.objectives.base import Objective
 from ptl.rewards.panel import RewardError
+from ptl.strategies.cpu_products import computes_in_bf16, fast_bf16
 from ptl.strategies.deepspeed import ZeROStrategy
 from ptl.strategies.flight import set_flight_recorder
 from ptl.strategies.meeting import LAUNCHED, meet
@@ -101,8 +102,14 @@ class SaveConfig(SaveConfigCallback):
 class PTLCLI(LightningCLI):
     """Objective and data module from layered YAML; nothing here knows which objective it is."""
 
-    def __init__(self, args: Sequence[str] | None = None, run: bool = True, command: str | None = None) -> None:
-        self.command = command
+    def __init__(
+        self,
+        args: Sequence[str] | None = None,
+        run: bool = True,
+        command: str | None = None,
+        stack: contextlib.ExitStack | None = None,
+    ) -> None:
+        self.command, self.stack = command, stack or contextlib.ExitStack()
         super().__init__(
             Objective,
             ChatDataModule,
@@ -196,11 +203,27 @@ class PTLCLI(LightningCLI):
             if warning := leak_warning(self.datamodule):
                 Console().print(warning, style="yellow", highlight=False)
 
+        self._compute_bf16()
+
     def before_validate(self) -> None:
         self.datamodule.prepare()
+        self._compute_bf16()
 
     before_test = before_validate
     before_predict = before_validate
+
+    def _compute_bf16(self) -> None:
+        """Sees to it that a run in bf16 is not a hundred times slower on a CPU that has no instructions for it."""
+        if self.trainer.strategy.root_device.type != "cpu":
+            return
+        if computes_in_bf16(str(self.trainer.precision), self.model.spec.dtype):
+            slowdown = self.stack.enter_context(fast_bf16())
+            if slowdown is not None and rank_zero_only.rank == 0:
+                print(
+                    f"ptl: this CPU computes {slowdown:.0f} times slower in bf16 than in fp32: "
+                    "matrix products are made in fp32 and rounded to bf16",
+                    file=sys.stderr,
+                )
 
 
 def leak_warning(data: ChatDataModule) -> str | None:
@@ -311,9 +334,9 @@ def run(argv: Sequence[str]) -> int:
 
     The traceback of a mistake is shown with ``PTL_TRACEBACK=1``; any other exception keeps its traceback.
     """
-    with _own_environment(), _own_arguments(argv), _leaving_on_signals():
+    with _own_environment(), _own_arguments(argv), _leaving_on_signals(), contextlib.ExitStack() as stack:
         try:
-            PTLCLI(command=argv[0])
+            PTLCLI(command=argv[0], stack=stack)
         except SystemExit as stop:
             return int(stop.code or 0)
         except PreemptedError as left:

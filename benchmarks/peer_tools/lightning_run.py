@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ptl.data.sources import Source
 from ptl.models.optimizer import Optimizer, Schedule
 from ptl.models.spec import Dtype
 from ptl.objectives.base import Objective
+from ptl.strategies.cpu_products import fast_bf16
 
 WorkOf = Callable[[Any], tuple[Tensor, Tensor, int]]
 """Lengths of a micro-batch's documents, its trained tokens, and the tokens that go through the model."""
@@ -138,7 +140,8 @@ def fit(
     )
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    trainer.fit(objective, data)
+    with fast_bf16() if device == "cpu" and spec["dtype"] != "fp32" else contextlib.nullcontext():  # as `ptl fit`
+        trainer.fit(objective, data)
     shared = {
         "precision": str(trainer.precision),
         "dtype": objective.spec.dtype,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
@@ -30,8 +29,6 @@ _WHAT = {
     "gradient": "the gradient is not finite",
     "spike": "the norm of the gradient spikes",
 }
-SLOW_BF16 = 4.0
-"""How many times slower than float32 a CPU may be in bf16 before it is said; one with bf16 instructions is faster."""
 
 
 @runtime_checkable
@@ -121,17 +118,6 @@ class Health(L.Callback):
         self._row: list[Verdict] = []
         self._norm = float("nan")
         self._global_step = 0
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or not trainer.is_global_zero or trainer.strategy.root_device.type != "cpu":
-            return
-        keys = bf16_keys(str(trainer.precision), getattr(getattr(pl_module, "spec", None), "dtype", None))
-        if keys and (slowdown := bf16_slowdown()) > SLOW_BF16:
-            got, change = " and ".join(f"{key} {value}" for key, value, _ in keys), [f"{k}: {v}" for k, _, v in keys]
-            warn(
-                f"got {got}, but this CPU computes {slowdown:.0f} times slower in bf16 than in fp32; "
-                f"expected on it {', '.join(change)}"
-            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategy: Any = trainer.strategy
@@ -308,33 +294,3 @@ def note_skipped(trainer: L.Trainer, verdicts: list[Verdict], rows: Mapping[int,
 def warn(text: str) -> None:
     """One line on stderr."""
     Console(stderr=True).print(f"ptl: warning: {text}", style="yellow", soft_wrap=True, highlight=False, markup=False)
-
-
-def bf16_keys(precision: str, dtype: str | None) -> list[tuple[str, str, str]]:
-    """Keys of a run that make it compute in bf16, each with its value and the one that does not.
-
-    Arguments:
-        precision: the trainer's.
-        dtype: the policy's, where there is one.
-    """
-    keys = []
-    if precision.startswith("bf16"):
-        keys.append(("trainer.precision", precision, "32-true"))
-    if dtype == "bf16":
-        keys.append(("model.init_args.policy.dtype", dtype, "fp32"))
-    return keys
-
-
-def bf16_slowdown(size: int = 192) -> float:
-    """Time of a [size, size] matrix product on the CPU in bf16 over its time in fp32, by a probe of about 50 ms."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        matrix = torch.ones(size, size, dtype=dtype)
-        best = float("inf")
-        for _ in range(3):  # the first one also makes the kernel
-            start = time.perf_counter()
-            torch.mm(matrix, matrix)
-            best = min(best, time.perf_counter() - start)
-        return best
-
-    return seconds(torch.bfloat16) / seconds(torch.float32)

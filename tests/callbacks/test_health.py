@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from ptl.callbacks.checkpoint import Checkpoint
-from ptl.callbacks.health import SLOW_BF16, DivergedError, Health, bf16_keys, bf16_slowdown
+from ptl.callbacks.health import DivergedError, Health
 from ptl.callbacks.jsonl import read_metrics
 from ptl.callbacks.saved import latest_checkpoint
 from tests.callbacks.parts import Toy, loader, packed, trainer
@@ -65,24 +65,3 @@ def test_the_gradient_norm_is_the_one_before_clipping(tmp_path, accumulate):
 def test_bad_arguments():
     with pytest.raises(ValueError, match="every_n_steps"):
         Health(every_n_steps=0)
-
-
-def test_the_keys_that_make_a_run_compute_in_bf16():
-    assert bf16_keys("32-true", "fp32") == bf16_keys("16-mixed", None) == []
-    assert bf16_keys("bf16-mixed", "fp32") == [("trainer.precision", "bf16-mixed", "32-true")]
-    assert bf16_keys("bf16-true", "bf16") == [
-        ("trainer.precision", "bf16-true", "32-true"),
-        ("model.init_args.policy.dtype", "bf16", "fp32"),
-    ]
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_slow_bf16_is_said_once_where_it_is_slow(tmp_path, capsys, precision):
-    """What is said depends on this machine's CPU, as the probe finds it."""
-    slowdown = bf16_slowdown()
-    assert 0.01 < slowdown < 10_000
-    trainer(tmp_path, [Health()], max_steps=1, precision=precision).fit(Toy(), loader(BATCHES))
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ptl: warning: got ")]
-    assert len(said) == int(precision == "bf16-mixed" and slowdown > SLOW_BF16)
-    for line in said:
-        assert "got trainer.precision bf16-mixed" in line and line.endswith("expected on it trainer.precision: 32-true")

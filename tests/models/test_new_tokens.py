@@ -116,8 +116,11 @@ def test_a_quantised_base_is_refused(tmp_path, tokenizer):
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory, tokenizer):
+    return grow(tmp_path_factory.mktemp("grown"), tokenizer)
+
+
+def grow(root, tokenizer):
     """Folders of models that were given new tokens, tied and untied."""
-    root = tmp_path_factory.mktemp("grown")
     for tied in (True, False):
         model = tiny.make_model(tie=tied, hidden=128)
         add_rows(model, NEW, KNOWN)

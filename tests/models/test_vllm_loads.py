@@ -22,7 +22,9 @@ from ptl.rollout.vllm import INSTALL, VLLMWriter
 from ptl.tools.toolbox import Toolbox
 from ptl.types import Conversation, Message, Origin
 from tests import tiny
+from tests.models import test_new_tokens
 from tests.models.zero_build import alone
+from tests.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -68,10 +70,19 @@ def grown(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def grown_rows(tmp_path_factory) -> Path:
+    """The models of the new tokens' own tests."""
+    return test_new_tokens.grow(tmp_path_factory.mktemp("grown-rows"), tiny.make_tokenizer())
+
+
 def in_vllm(
-    folder: Path, prompts: list[list[int]], messages: list[Message]
+    folder: Path, prompts: list[list[int]], messages: list[Message] | None = None
 ) -> tuple[list[list[float]], list[int], list[int]]:
-    """Log-probabilities of the tokens of some prompts, what vLLM reads of a dialogue, and what it answers greedily."""
+    """Log-probabilities of the tokens of some prompts, what vLLM reads of a dialogue, and what it answers greedily.
+
+    Without a dialogue, the last two are empty.
+    """
     from vllm import LLM, SamplingParams  # pyright: ignore
 
     llm = LLM(
@@ -88,6 +99,8 @@ def in_vllm(
             [step[token].logprob for token, step in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
             for ids, output in zip(prompts, scored, strict=True)
         ]
+        if messages is None:
+            return logps, [], []
         said = [{"role": turn.role, "content": turn.content} for turn in messages]
         [answer] = llm.chat(said, SamplingParams(max_tokens=12, temperature=0.0), use_tqdm=False)
         return logps, list(answer.prompt_token_ids), list(answer.outputs[0].token_ids)
@@ -144,6 +157,18 @@ def test_new_tokens_are_the_same_in_vllm(kind, tied, grown, tmp_path):
     assert losses[-1] < losses[0]
     export(model, tokenizer, tmp_path / "merged", dtype="fp32", generation_eos=Renderer(tokenizer).terminators)
     check(tmp_path / "merged")
+
+
+def test_new_tokens_trained_under_zero_3_are_the_same_in_vllm(grown_rows, tmp_path):
+    """What two ranks export that hold half of each matrix, by each kind of training, tied and untied."""
+    run_ranks("tests.models.zero_new_tokens:matrix", 2, {"folder": str(grown_rows), "out": str(tmp_path)}, timeout=400)
+    prompts = [list(ids) for ids in test_new_tokens.IDS]
+    exports = sorted(tmp_path.glob("*/merged"))
+    assert len(exports) == 2 * len(test_new_tokens.KINDS)
+    for folder in exports:
+        logps, *_ = in_vllm(folder, prompts)
+        for mine, theirs in zip(own(folder, prompts), logps, strict=True):
+            assert mine == pytest.approx(theirs, abs=FP32), folder.parent.name
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -9,7 +9,11 @@ different streams of random numbers; the answers of a step all have one length, 
 for rounding, and says nothing of the gradient.
 
 *Useful tokens* are those of each answer with its prompt and *trained tokens* the answers' own, so that ``ratio`` is one
-of answers trained a second. vLLM is left out on both sides: both have it as an engine, and then the same one.
+of answers trained a second.
+
+``--engine`` is what draws on both sides: ``hf``, the policy's own pass, which is TRL's default; ``continuous``,
+transformers' continuous batching; or ``vllm``, started by both in their own process, where it is installed. The peak of
+memory is of the process that trains: what vLLM holds in a process of its own is on neither side's.
 """
 
 from __future__ import annotations
@@ -44,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", choices=("small", "model"), default="small", help="small: 19M random weights")
     parser.add_argument("--group", type=int, default=8, help="answers to each prompt")
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens of an answer")
+    parser.add_argument(
+        "--engine", choices=("hf", "continuous", "vllm"), default="hf", help="what draws, on both sides"
+    )
     chat.add_arguments(parser)
     parser.set_defaults(batch_rows=2, micro=1)
 
@@ -78,6 +85,7 @@ def make_spec(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "answers": args.group,
         "step_answers": answers,
         "new_tokens": args.new_tokens,
+        "engine": args.engine,
         "max_length": spec["max_length"] + args.new_tokens,
     }
 

@@ -1,4 +1,4 @@
-"""The objective of ``ptl`` for reinforcement learning, with the policy itself as engine."""
+"""The objective of ``ptl`` for reinforcement learning."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from ptl.functional.policy_loss import PolicyLoss
 from ptl.models.spec import ModelSpec
 from ptl.objectives.grpo import GRPO
 from ptl.rewards.base import Completion, Outcome, Reward
+from ptl.rollout.engine import Engine
+from ptl.rollout.hf import HF
+from ptl.rollout.hf_cb import HFContinuous
 from ptl.rollout.selfcheck import SelfCheck
 from ptl.rollout.settings import Rollout
+from ptl.rollout.vllm import VLLM
 from ptl.types import RolloutBatch
 
 
@@ -26,11 +30,19 @@ class Rule(Reward):
         return [rule(completion.text) for completion in completions]
 
 
+def engine_of(spec: Mapping[str, Any]) -> Engine:
+    """What draws; vLLM takes no longer answers than the rows need, as the peer's."""
+    if spec["engine"] == "vllm":
+        return VLLM(max_model_len=spec["max_length"])
+    return HFContinuous() if spec["engine"] == "continuous" else HF()
+
+
 def objective_of(spec: Mapping[str, Any]) -> GRPO:
     """The objective by its public arguments."""
     return GRPO(
         ModelSpec(name=spec["model"], dtype=lightning_run.weights_of(spec)),
         [Rule()],
+        engine=engine_of(spec),
         rollout=Rollout(group_size=spec["answers"], max_new_tokens=spec["new_tokens"], seed=spec["seed"]),
         loss=PolicyLoss(kind="dapo"),
         self_check=SelfCheck(min_finished=0.0),  # no answer can end
@@ -47,5 +59,5 @@ def work_of(batch: RolloutBatch) -> tuple[Tensor, Tensor, int]:
 
 def run(spec: Mapping[str, Any]) -> Measured:
     """One measured run in this process."""
-    settings = {"group_size": spec["answers"], "max_new_tokens": spec["new_tokens"], "engine": "HF"}
+    settings = {"group_size": spec["answers"], "max_new_tokens": spec["new_tokens"], "engine": spec["engine"]}
     return lightning_run.fit(spec, objective_of(spec), settings=settings, work_of=work_of)

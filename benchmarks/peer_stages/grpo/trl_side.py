@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with transformers' own generation in the process, as it is where there is no vLLM.
+"""TRL's GRPOTrainer: with transformers' own generation in the process, its default, or with another of its engines.
 
 What is not TRL's default: ``shuffle_dataset`` is off, so that both sides have the prompts in the same order;
 ``gradient_checkpointing`` is off, which is faster; temperature, ``top_p`` and ``top_k`` are written out, and draw from
@@ -19,6 +19,12 @@ from benchmarks.peer_stages.grpo import rule
 from benchmarks.peer_tools import trl_run
 from benchmarks.peer_tools.compare import Measured
 from benchmarks.peer_tools.counts import Counts
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "hf": {"use_vllm": False},
+    "continuous": {"use_vllm": False, "use_transformers_continuous_batching": True},
+    "vllm": {"use_vllm": True, "vllm_mode": "colocate"},
+}
 
 
 class CountedGRPO(GRPOTrainer):
@@ -50,7 +56,8 @@ def settings(spec: Mapping[str, Any]) -> dict[str, Any]:
         "num_generations": spec["answers"],
         "max_completion_length": spec["new_tokens"],
         "shuffle_dataset": False,
-        "use_vllm": False,
+        **ENGINES[spec["engine"]],
+        **({"vllm_max_model_length": spec["max_length"]} if spec["engine"] == "vllm" else {}),
         "beta": 0.0,
         "loss_type": "dapo",
         "temperature": 1.0,

@@ -13,6 +13,8 @@ from ptl.synth.idk_files import read_rows
 
 Row = dict[str, Any]
 Curve = Sequence[tuple[float, float]]
+NOTHING = "(nothing)"
+"""Shown of an answer that ended at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,7 @@ def sft(work: Path) -> Gains:
         ],
         drawings=[losses],
         columns=("question", "before", "after"),
-        answers=[(question, texts[0], texts[-1]) for question, texts in said.items()],
+        answers=[(question, texts[0] or NOTHING, texts[-1] or NOTHING) for question, texts in said.items()],
     )
 
 
