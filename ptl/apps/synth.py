@@ -216,8 +216,6 @@ def _answers(args: argparse.Namespace, module: ChatDataModule, spec: ModelSpec) 
 
     if not args.answers.endswith(".jsonl"):
         raise ValueError(f"--answers {args.answers}: expected a .jsonl file")
-    if _rank()[1] > 1:
-        raise ValueError("--answers runs in one process: start it without a launcher, or split the data")
     _vocabulary(module, spec)
     writing = Writing(
         teacher=teacher_digest(spec)[0],
@@ -230,14 +228,18 @@ def _answers(args: argparse.Namespace, module: ChatDataModule, spec: ModelSpec) 
     )
     sources = module.train_sources
     files = [resolve(source) for source in sources]
-    how: dict[str, Any] = {"max_length": module.max_length, "truncation": module.truncation}
-    encoder = encoder_of(sources, files, view=module.view, renderer=module.renderer, **how)
+    cut: dict[str, Any] = {"max_length": module.max_length, "truncation": module.truncation}
+    encoder = encoder_of(sources, files, view=module.view, renderer=module.renderer, **cut)
     with Progress(f"{spec.name} answers", "conversations", None) as progress:
         path = Path(args.answers).expanduser()
-        counts = write_answers(_load(spec), encoder, path, writing, lambda done, tokens: progress.add(done))
-    left_out = {reason: count for reason, count in counts.items() if reason != "answers"}
-    told = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "none"
-    print(f"{path}: {counts['answers']} answers; left out: {told}")
+        rank, world_size = _rank()
+        how: dict[str, Any] = {"rank": rank, "world_size": world_size, "report": progress.add}
+        rows, left_out = write_answers(_load(spec), encoder, path, writing, **how)
+    if rows is None:
+        print(f"{path} waits for other processes, or for this command to be run again; its parts are beside it")
+        return 0
+    told = ", ".join(f"{n:,} {r} (first {left_out.first[r]})" for r, n in sorted(left_out.counts.items()))
+    print(f"{path}: {rows:,} answers; left out: {told or 'none'}")
     return 0
 
 

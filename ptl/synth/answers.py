@@ -5,21 +5,18 @@ The student then sees the words that the teacher chooses and not its distributio
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from ptl.data.encode import Encoder
-from ptl.data.render import Renderer, RenderError
-from ptl.data.sources import BadRow
+from ptl.data.render import Renderer
 from ptl.rollout.sampling import generate
-from ptl.synth.lines import append_lines, settle, whole_lines
-from ptl.synth.questions import Question, batches, context_length, ends, message_row, questions
-from ptl.types import Origin
+from ptl.synth.asking import LeftOut, Outcome, Todo, answer_all, check_least
+from ptl.synth.questions import Question, context_length, ends, message_row, questions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,47 +47,49 @@ class Writing:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"--temperature must be 0 or more, got {self.temperature:g}")
-        for name in ("max_new_tokens", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}")
+        check_least(self, max_new_tokens=1, batch_tokens=1, seed=0)
 
 
-def write_answers(model: nn.Module, encoder: Encoder, path: Path, writing: Writing, report: Any) -> dict[str, int]:
-    """Appends a row of messages for each answer to ``path``, as it is written; goes on where a former call stopped.
+class Answers(NamedTuple):
+    """What came of the conversations.
 
-    Each line is on disk before the next batch begins. Beside ``path`` lie ``path.settings.json``, what the answers are
-    made with, and ``path.left_out.jsonl``, the numbers of conversations that have no row and why.
+    Attributes:
+        rows: answers in the file; None where other processes have not done their share yet and there is no file.
+        left_out: tells of the conversations without an answer.
+    """
+
+    rows: int | None
+    left_out: LeftOut
+
+
+def write_answers(
+    model: nn.Module,
+    encoder: Encoder,
+    path: Path,
+    writing: Writing,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    report: Callable[[int], None] = lambda conversations: None,
+) -> Answers:
+    """Writes a row of messages for each conversation to ``path``, as ``answer_all`` has it.
 
     Args:
         model: the teacher, in eval mode.
         encoder: names the sources and renders their prompts.
         path: a .jsonl file.
         writing: settings.
-        report: called with the number of conversations done and of tokens written after each batch.
-
-    Returns:
-        Counts: ``answers`` in the file, and how many are left out by reason.
+        rank, world_size: of this process.
+        report: called with the number of conversations done after each batch.
 
     Raises:
-        ValueError: the file was begun with other settings, or is not such a file.
+        ValueError: the file was begun with other settings or conversations, or none has a question.
     """
-    left_out = path.with_name(path.name + ".left_out.jsonl")
-    settle(path, writing)
-    known = {number for number, _ in whole_lines(path)}
-    answers, counts = len(known), Counter[str]()
-    for number, reason in whole_lines(left_out):
-        known.add(number)
-        counts[str(reason)] += 1
+    left_out = LeftOut()
     terminators = ends(model, encoder.renderer)
 
-    def refuse(error: BadRow | RenderError, origin: Origin) -> None:
-        counts[error.reason] += 1
-
-    every = questions(encoder.sources, encoder.formats, encoder.renderer, refuse)
-    todo = (question for question in every if question.number not in known)
-    sizes = {"max_new_tokens": writing.max_new_tokens, "batch_tokens": writing.batch_tokens}
-    for batch in batches(todo, room=context_length(model), **sizes):
-        asked = [(question, limit) for question, limit in batch if limit > 0]
+    def answer(todo: Todo, keys: Mapping[int, str]) -> Iterator[Outcome]:
+        asked = [(question, limit) for question, limit in todo if limit > 0]
         written = generate(
             model,
             [question.ids for question, _ in asked],
@@ -101,22 +100,24 @@ def write_answers(model: nn.Module, encoder: Encoder, path: Path, writing: Writi
             temperature=writing.temperature,
             seed=writing.seed,
         )
-        rows, refused = [], [_refusal(question, "too_long") for question, limit in batch if limit <= 0]
-        for (question, _), ids in zip(asked, written):
-            row, reason = _row(question, ids, encoder.renderer, terminators, writing)
-            (refused if row is None else rows).append(row if row is not None else _refusal(question, reason))
-        append_lines(left_out, refused)
-        append_lines(path, rows)
-        answers += len(rows)
-        counts.update(entry["reason"] for entry in refused)
-        report(len(batch), sum(len(ids) for ids in written))
-    return {"answers": answers, **counts}
+        answers = {question.number: ids for (question, _), ids in zip(asked, written)}
+        for question, _ in todo:
+            number, row, reason = question.number, None, "too_long"
+            if number in answers:
+                row, reason = _row(question, answers[number], encoder.renderer, terminators, writing)
+            yield row, {"number": number, "key": keys[number], "reason": reason, "origin": str(question.origin)}
+
+    every = questions(encoder.sources, encoder.formats, encoder.renderer, left_out)
+    how: dict[str, Any] = {"room": context_length(model), "samples": 1}
+    how |= {"rank": rank, "world_size": world_size, "report": report}
+    _, items = answer_all(every, answer, path, writing, left_out, **how)
+    return Answers(None if items is None else sum(done.entry["reason"] is None for done in items), left_out)
 
 
 def _row(
     question: Question, ids: list[int], renderer: Renderer, stop: Sequence[int], writing: Writing
-) -> tuple[dict[str, Any] | None, str]:
-    """The row of an answer, or None and the reason why it has none."""
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The row of an answer, or None, and the reason why it has none."""
     ended = bool(ids) and ids[-1] in stop
     if not ended and not writing.keep_unfinished:
         return None, "unfinished"
@@ -127,8 +128,4 @@ def _row(
     row: dict[str, Any] = {"messages": [*messages, {"role": "assistant", "content": text}]}
     if question.tools:
         row["tools"] = [dict(tool) for tool in question.tools]
-    return {**row, "number": question.number, "origin": str(question.origin), "finished": ended}, ""
-
-
-def _refusal(question: Question, reason: str) -> dict[str, Any]:
-    return {"number": question.number, "reason": reason, "origin": str(question.origin)}
+    return {**row, "number": question.number, "origin": str(question.origin), "finished": ended}, None

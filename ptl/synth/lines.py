@@ -1,10 +1,8 @@
-"""Files of lines that grow while a model writes: begun with settings that stay, whole after a kill."""
+"""Files that a model writes over a long time: begun with settings that stay."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,34 +31,3 @@ def settle(path: Path, settings: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with published(beside) as partial:
         partial.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-
-
-def whole_lines(path: Path) -> Iterator[tuple[int, str | None]]:
-    """Number and reason of each row of a .jsonl file, after a torn last line has been cut off; none without a file."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        whole = 0
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
-        file.truncate(whole)
-        os.fsync(file.fileno())
-        file.seek(0)
-        for count, line in enumerate(file, 1):
-            try:
-                entry = json.loads(line)
-                yield entry["number"], entry.get("reason")
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}:{count}: no row of answers ({error}): give another file") from error
-
-
-def append_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Adds rows to a .jsonl file and waits until they are on disk."""
-    if not rows:
-        return
-    with path.open("ab") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-        file.flush()
-        os.fsync(file.fileno())

@@ -29,6 +29,7 @@ from ptl.rollout.vllm import INSTALL, VLLM
 from ptl.rollout.vllm_requests import sampling
 from ptl.rollout.weights import shared_folder, write_adapter, write_model
 from tests import tiny
+from tests.ranks import run_ranks
 
 VOCAB = 400
 DRAWS = Draws(samples=4, temperature=0.7, top_p=1.0, stop=(0, 1, 2, 3), seed=5)
@@ -365,6 +366,25 @@ def test_bf16_agrees_as_bf16_does():
         engine.close()
     difference = worst(model, ASKED, answers, DRAWS.temperature)
     assert 0 < difference < BF16, difference
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_law_3_each_of_two_ranks_has_a_vllm_of_its_own(tmp_path):
+    """Under DDP and, with an adapter, ZeRO-3; the variables that launched the ranks do not reach vLLM's processes."""
+    shape = {"hidden": 128, "intermediate_size": 256, "initializer_range": 0.15}
+    folder = tiny.save_folder(tmp_path / "model", tiny.make_tokenizer(), **shape)
+    args = {"folder": str(folder), "out": str(tmp_path / "out")}
+    results = run_ranks("tests.rollout.vllm_ranks:beside", world_size=2, args=args, timeout=800)
+    for name in ("ddp", "zero3"):
+        first, second = (result[name] for result in results)
+        assert all(0 < case["worst"] < FP32 for case in (first, second)), name
+        assert len(first["losses"]) == 2 and (first["cut"] > 0) == (name == "zero3")
+        # The same seeds and weights: what rank 1 said the first time after each step is what rank 0 said.
+        assert len(second["said"]) == 2 * len(first["said"])
+        assert first["said"][:2] == second["said"][:2], name
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("ptl-")]
 
 
 # ---- a server ----

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ptl.rollout.sampling import generate
-from ptl.synth.answers import Writing, append_lines, whole_lines, write_answers
+from ptl.synth.answers import Answers, Writing, write_answers
 from tests.ranks import ROOT
 from tests.synth import parts
 
@@ -41,19 +41,22 @@ def encoder(folder: Path):
     return encoder_of(sources, [resolve(source) for source in sources], **how)
 
 
-def write(folder: str | Path, out: str | Path, *, model: Any = None, kill_after: int = -1, **settings: Any):
+def write(
+    folder: str | Path, out: str | Path, *, model: Any = None, kill_after: int = -1, ranks=(0, 1), **settings: Any
+) -> Answers:
     """Answers of the folder's rows; with ``kill_after``, the process is killed after so many batches, in a line."""
     batches = []
 
-    def report(done: int, tokens: int) -> None:
+    def report(done: int) -> None:
         batches.append(done)
         if len(batches) == kill_after:
-            with open(out, "ab") as file:
+            with open(f"{out}.part-0", "ab") as file:
                 file.write(b'{"messages": [{"role": "us')
             os.kill(os.getpid(), signal.SIGKILL)
 
     model = model or parts.teacher_of(Path(folder))
-    return write_answers(model, encoder(Path(folder)), Path(out), Writing(**{**SETTINGS, **settings}), report)
+    how: dict[str, Any] = {"rank": ranks[0], "world_size": ranks[1], "report": report}
+    return write_answers(model, encoder(Path(folder)), Path(out), Writing(**{**SETTINGS, **settings}), **how)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -101,9 +104,9 @@ def test_draws_follow_the_tempered_distribution(teacher):
 
 
 def test_rows_hold_the_question_and_the_teachers_answer(folder, teacher, tmp_path):
-    counts = write(folder, tmp_path / "a.jsonl", model=teacher)
+    written = write(folder, tmp_path / "a.jsonl", model=teacher)
     given, made = rows(folder / "rows.jsonl"), rows(tmp_path / "a.jsonl")
-    assert counts["answers"] == len(made) == 24 - counts.get("empty", 0)
+    assert written.rows == len(made) == 24 - written.left_out.counts["empty"]
     tokenizer = parts.data_of(folder).renderer.tokenizer
     for row in made:
         before = given[row["number"]]["messages"]
@@ -129,12 +132,11 @@ def test_what_it_writes_can_be_trained_on(folder, teacher, tmp_path):
 
 
 def test_answers_that_hit_the_limit_are_left_out_and_counted(folder, teacher, tmp_path):
-    counts = write(folder, tmp_path / "a.jsonl", model=teacher, keep_unfinished=False)
-    kept = rows(tmp_path / "a.jsonl") if (tmp_path / "a.jsonl").exists() else []
-    left = rows(tmp_path / "a.jsonl.left_out.jsonl")
-    assert all(row["finished"] for row in kept) and len(kept) + len(left) == 24
-    assert counts["unfinished"] == sum(entry["reason"] == "unfinished" for entry in left) > 0
-    assert sorted([row["number"] for row in kept] + [entry["number"] for entry in left]) == list(range(24))
+    written = write(folder, tmp_path / "a.jsonl", model=teacher, keep_unfinished=False)
+    kept, counts = rows(tmp_path / "a.jsonl"), written.left_out.counts
+    assert all(row["finished"] for row in kept) and written.rows == len(kept)
+    assert counts["unfinished"] > 0 and len(kept) + counts.total() == 24
+    assert written.left_out.first["unfinished"].rpartition(":")[0] == str(folder / "rows.jsonl")
 
 
 def test_rows_without_a_question_and_prompts_that_fill_the_context(folder, teacher, tmp_path):
@@ -147,9 +149,11 @@ def test_rows_without_a_question_and_prompts_that_fill_the_context(folder, teach
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "teacher").symlink_to(folder / "teacher")
-    counts = write(tmp_path, tmp_path / "a.jsonl", model=teacher)
-    assert counts["answers"] + counts.get("empty", 0) == 1
-    assert counts["no_question"] == 1 and counts["too_long"] == 1 and counts["missing_key"] == 1
+    made, left_out = write(tmp_path, tmp_path / "a.jsonl", model=teacher)
+    assert made + left_out.counts["empty"] == 1
+    assert {name: left_out.counts[name] for name in ("no_question", "too_long", "missing_key")} == {
+        "no_question": 1, "too_long": 1, "missing_key": 1,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -159,7 +163,7 @@ def test_killed_and_restarted_writes_each_answer_once(folder, teacher, tmp_path,
     code = f"from tests.synth.test_answers import write; write({arguments})"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, capture_output=True)
     assert run.returncode == -9, run.stderr.decode()
-    assert (tmp_path / "a.jsonl").read_bytes().endswith(b'"us')
+    assert (tmp_path / "a.jsonl.part-0").read_bytes().endswith(b'"us')
     write(folder, tmp_path / "a.jsonl", model=teacher, temperature=temperature, seed=3)
     assert rows(tmp_path / "a.jsonl") == rows(tmp_path / "whole.jsonl")
     before = (tmp_path / "a.jsonl").read_bytes()
@@ -176,14 +180,11 @@ def test_a_file_of_other_settings_is_not_gone_on_with(folder, teacher, tmp_path)
         write(folder, tmp_path / "b.jsonl", model=teacher)
 
 
-def test_lines_are_whole(tmp_path):
-    path = tmp_path / "a.jsonl"
-    append_lines(path, [{"number": 1}, {"number": 2, "reason": "é"}])
-    with path.open("ab") as file:
-        file.write(b'{"number": 3')
-    assert list(whole_lines(path)) == [(1, None), (2, "é")]
-    append_lines(path, [{"number": 4}])
-    assert [number for number, _ in whole_lines(path)] == [1, 2, 4]
-    path.write_text("[]\n")
-    with pytest.raises(ValueError, match=r"a\.jsonl:1"):
-        list(whole_lines(path))
+def test_processes_share_the_conversations_and_the_last_one_joins_them(folder, teacher, tmp_path):
+    write(folder, tmp_path / "whole.jsonl", model=teacher, temperature=1.0)
+    first = write(folder, tmp_path / "a.jsonl", model=teacher, temperature=1.0, ranks=(1, 2))
+    assert first.rows is None and not (tmp_path / "a.jsonl").exists()
+    assert rows(tmp_path / "a.jsonl.part-1")
+    last = write(folder, tmp_path / "a.jsonl", model=teacher, temperature=1.0, ranks=(0, 2))
+    assert last.rows == len(rows(tmp_path / "a.jsonl")) > 0
+    assert rows(tmp_path / "a.jsonl") == rows(tmp_path / "whole.jsonl")
