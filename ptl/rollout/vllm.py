@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
 INSTALL = "make install-vllm on a CPU, or pip install vllm==0.32.0 where there is a GPU"
+LOOK_CACHE = 2 << 30
+"""Bytes for keys and values of one dialogue on a CPU."""
 
 
 class VLLM(Engine):
@@ -310,13 +312,18 @@ class VLLMWriter:
         except OSError:  # a folder without one
             own = None
         self.ends = frozenset([] if own is None else [own] if isinstance(own, int) else own)
+        on_cpu = not torch.cuda.is_available()
         try:
             self._llm: Any = LLM(
                 str(folder),
                 skip_tokenizer_init=True,
                 generation_config="vllm",
                 dtype="auto" if dtype is None else str(DTYPES[dtype]).removeprefix("torch."),
-                enforce_eager=not torch.cuda.is_available(),  # on a CPU compiling takes longer than a look
+                enforce_eager=on_cpu,  # compiling takes longer than a look
+                # On a CPU vLLM would ask for nine tenths of the memory. Where a whole context needs more than this,
+                # it takes a shorter one.
+                kv_cache_memory_bytes=LOOK_CACHE if on_cpu else None,
+                max_model_len=-1,
             )
         except Exception as error:
             raise ValueError(
