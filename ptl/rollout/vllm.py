@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import nn
 
 from ptl.models.adapters import is_adapted
 from ptl.models.export import DTYPES, float_dtype
+from ptl.models.heads import causal_lm
 from ptl.models.spec import CHANGES_BASE, ModelSpec
 from ptl.rollout.engine import Abilities, Asked, Draw, Draws, Engine
 from ptl.rollout.ranks import agreed
@@ -86,7 +87,7 @@ class VLLM(Engine):
         self.kv_cache_gib, self.enforce_eager, self.timeout_s = kv_cache_gib, enforce_eager, timeout_s
         self._server = Server(url, timeout_s) if url is not None else None
         self._beside: _Beside | None = None
-        self._longest = 0
+        self._longest = self._vocab = 0
         self._version: int | None = None
         self._pushes = 0
 
@@ -129,6 +130,7 @@ class VLLM(Engine):
     def _sync(self, policy: nn.Module, strategy: Strategy) -> None:
         """Brings vLLM the policy's weights of now; all ranks together."""
         adapted, first = is_adapted(policy), self._longest == 0
+        self._vocab = int(causal_lm(policy).config.get_text_config().vocab_size)
         rank: int | None = policy.peft_config["default"].r if adapted else None  # pyright: ignore
         server = self._server
         if server is not None:
@@ -197,7 +199,9 @@ class VLLM(Engine):
             )
         engine = self._server or self._beside
         assert engine is not None
-        answers = engine.generate([list(a.ids) for a in asked], [sampling(a, draws) for a in asked])
+        # An end that the model has no row for is never drawn, and vLLM refuses to be told of it.
+        known = draws._replace(stop=tuple(token for token in draws.stop if token < self._vocab))
+        answers = engine.generate([list(a.ids) for a in asked], [sampling(a, known) for a in asked])
         if draws.top_p < 1:
             answers = [[Sampled(answer.ids, []) for answer in group] for group in answers]
         return answers if draws.temperature else [group * draws.samples for group in answers]
@@ -363,18 +367,26 @@ def _sampled(answer: Any) -> Sampled:
 
 @contextmanager
 def _alone_on(device: torch.device) -> Iterator[None]:
-    """Processes that start inside see no other GPU."""
-    if device.type != "cuda":
-        yield
-        return
-    key = "CUDA_VISIBLE_DEVICES"
-    before = os.environ.get(key)
-    index = device.index or 0
-    os.environ[key] = before.split(",")[index] if before else str(index)
+    """Processes that start inside see no other GPU; on a CPU, not ``MKL_NUM_THREADS``.
+
+    There vLLM keeps to some of the cores and sets ``OMP_NUM_THREADS`` to their number, but not MKL's: more threads than
+    cores wait for each other, ten times slower.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    changed: dict[str, str | None] = {"MKL_NUM_THREADS": None}
+    if device.type == "cuda":
+        index = device.index or 0
+        changed = {"CUDA_VISIBLE_DEVICES": visible.split(",")[index] if visible else str(index)}
+    before = {name: os.environ.get(name) for name in changed}
+    _set(changed)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[key]
-        else:
-            os.environ[key] = before
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
