@@ -12,6 +12,9 @@ from benchmarks import peers
 from benchmarks.peer_stages import grpo
 from benchmarks.peer_tools import rows
 from benchmarks.peer_tools.compare import Pair, check_same_work
+from ptl.rollout.hf import HF
+from ptl.rollout.hf_cb import HFContinuous
+from ptl.rollout.vllm import VLLM
 from tests import tiny
 from tests.benchmarks.test_distill_stage import MARKED, conversation
 
@@ -57,6 +60,19 @@ def test_the_rule_tells_answers_apart():
 def test_refuses_what_does_not_divide(make_spec, more):
     with pytest.raises(ValueError, match="--group must be|--trl-micro 3"):
         make_spec(*more)
+
+
+@pytest.mark.parametrize("engine, ours", [("hf", HF), ("continuous", HFContinuous), ("vllm", VLLM)])
+def test_both_sides_draw_with_the_engine_that_is_asked(make_spec, engine, ours):
+    pytest.importorskip("trl")
+    from benchmarks.peer_stages.grpo import ptl_side, trl_side
+
+    spec = make_spec("--engine", engine)
+    assert type(ptl_side.engine_of(spec)) is ours
+    given = trl_side.settings(spec)
+    assert given["use_vllm"] == (engine == "vllm")
+    assert given.get("use_transformers_continuous_batching", False) == (engine == "continuous")
+    assert given.get("vllm_max_model_length") == (spec["max_length"] if engine == "vllm" else None)
 
 
 @pytest.mark.timeout(280)
