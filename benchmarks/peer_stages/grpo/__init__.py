@@ -12,8 +12,8 @@ for rounding, and says nothing of the gradient.
 of answers trained a second.
 
 ``--engine`` is what draws on both sides: ``hf``, the policy's own pass, which is TRL's default; ``continuous``,
-transformers' continuous batching; or ``vllm``, started by both in their own process, where it is installed. The peak of
-memory is of the process that trains: what vLLM holds in a process of its own is on neither side's.
+transformers' continuous batching; or ``vllm``, colocated, where it is installed. The peak of memory is of the process
+that trains. TRL's vLLM lives in it, ours in a process of its own: with ``vllm`` the ``memory_ratio`` says nothing.
 """
 
 from __future__ import annotations
