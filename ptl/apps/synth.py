@@ -238,8 +238,7 @@ def _answers(args: argparse.Namespace, module: ChatDataModule, spec: ModelSpec) 
     if rows is None:
         print(f"{path} waits for other processes, or for this command to be run again; its parts are beside it")
         return 0
-    told = ", ".join(f"{n:,} {r} (first {left_out.first[r]})" for r, n in sorted(left_out.counts.items()))
-    print(f"{path}: {rows:,} answers; left out: {told or 'none'}")
+    print(f"{path}: {rows:,} answers; left out: {left_out.told() or 'none'}")
     return 0
 
 

@@ -227,6 +227,5 @@ def _answers(
         }
         graded = grade_all(loaded.model, asked, loaded.renderer, path, asking, left_out, **how)
     if left_out.counts:
-        told = ", ".join(f"{n:,} {why} (first {left_out.first[why]})" for why, n in sorted(left_out.counts.items()))
-        print(f"{name}: left out: {told}")
+        print(f"{name}: left out: {left_out.told()}")
     return None if graded.rows is None else path

@@ -61,6 +61,10 @@ class LeftOut:
         self.counts[reason] += 1
         self.first.setdefault(reason, origin)
 
+    def told(self) -> str:
+        """Each reason with its rows and the first of them, for people; empty where nothing was left out."""
+        return ", ".join(f"{n:,} {reason} (first {self.first[reason]})" for reason, n in sorted(self.counts.items()))
+
 
 class Answered(NamedTuple):
     """What came of the questions.
