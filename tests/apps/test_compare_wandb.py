@@ -3,6 +3,7 @@
 import http.server
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import ClassVar
 import pytest
 
 from tests import tiny
-from tests.apps.compare_parts import RATES, SEEDS, STEPS, compared, ptl, ptl_process, runs_by_name
+from tests.apps.compare_parts import RATES, ROOT, SEEDS, STEPS, compared, ptl, ptl_process, runs_by_name
 from tests.objectives import law
 from tests.ranks import run_ranks
 
@@ -396,6 +397,25 @@ def test_without_a_server_run_folders_are_compared(variables, real, tmp_path):
     assert "Comparison of 6 runs in 2 groups" in page and "The runs of lab/p are missing" in page
     alone = ptl_process("compare", *asked, **gone)
     assert alone.returncode == 2 and len(alone.stderr.splitlines()) == 1 and not alone.stdout
+
+
+STUCK = """
+import os, signal, psutil
+from ptl.apps.comparing.wandb_online import ServerError, read_project
+try:
+    read_project("lab/p", [])
+except ServerError:
+    [service] = psutil.Process().children()
+    os.kill(service.pid, signal.SIGSTOP)
+    print("stopped")
+"""
+
+
+def test_a_service_process_that_never_ends_does_not_keep_the_command(variables):
+    env = {**os.environ, **variables, "WANDB_BASE_URL": "http://127.0.0.1:1", "WANDB_HTTP_TIMEOUT": "1"}
+    words = [sys.executable, "-c", STUCK]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, env=env, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout) == (1, "stopped\n"), done.stderr
 
 
 def test_without_the_package_a_report_is_refused_at_once(variables, tmp_path):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+
+import psutil
 
 from ptl.apps.comparing.configs import text_of
 from ptl.apps.comparing.rows import joined, metrics_of
@@ -13,6 +19,8 @@ from ptl.apps.comparing.wandb_files import STEP, block_of, need_wandb, wandb_run
 
 SERVER_KEYS = {"group": "group", "job_type": "jobType", "name": "displayName", "state": "state", "tags": "tags"}
 """Filters that the server applies, and what it calls them; any other is a configuration key, applied here."""
+LONGEST_END_S = 15
+"""Seconds that W&B's service process has to end once the command has said all: it only read."""
 _STATES = {"finished": "finished", "failed": "failed", "crashed": "failed", "killed": "interrupted"}
 
 
@@ -60,10 +68,26 @@ def read_project(project: str, filters: Sequence[str]) -> list[Run]:
     except (wandb.Error, ValueError, OSError) as problem:
         kind = ValueError if isinstance(problem, ValueError) else ServerError
         raise kind(f"--project got {project}, which cannot be read from W&B: {one_line(problem)}") from problem
+    finally:
+        atexit.register(_end_in_time)  # after W&B's own, so that it runs before
     if not runs:
         named = f" with {' '.join(filters)}" if filters else ""
         raise ValueError(f"--project got {project}, expected runs{named}: there is none; change --project or --filter")
     return runs
+
+
+def _end_in_time() -> None:
+    """Bounds the end of W&B's service process, which W&B waits for without a limit, even while that retries."""
+
+    def leave(*_: object) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for service in psutil.Process().children():  # it would hold the terminal's pipe open
+            service.kill()
+        os._exit(1)
+
+    signal.signal(signal.SIGALRM, leave)
+    signal.alarm(LONGEST_END_S)
 
 
 def _read(each: Any, project: str, config: dict[str, str]) -> Run | None:
