@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.memory`` measures every size, dtype and head, each side in a process of its own, and appends one
 line for each pair to ``benchmarks/results/memory.json``. What is measured is the increase over what the process held
-with its inputs made: forward and backward of the loss on 2,048 hidden states, the gradients among it. Seconds are
-processor seconds on the CPU; ``OMP_NUM_THREADS=1`` makes them mean the most on a busy machine.
+with its inputs made: forward and backward of the loss on ``--tokens`` hidden states, the gradients among it. That of a
+head that trains has the same size on both sides, whatever the tokens. Seconds are processor seconds on the CPU;
+``OMP_NUM_THREADS=1`` makes them mean the most on a busy machine.
 """
 
 from __future__ import annotations
@@ -172,6 +173,8 @@ def beside(fused: Mapping[str, float], plain: Mapping[str, float]) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="hidden states (default %(default)s)")
+    parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--runs", type=int, default=1, help="runs of each side (default 1)")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one run (default 300)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -186,10 +189,10 @@ def main() -> None:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    for dtype in ("fp32", "bf16"):
+    for dtype in options.dtype:
         for adapter in ("full", "lora"):
             for vocab, hidden in SIZES:
-                case = Case(vocab, hidden, dtype, adapter, device)
+                case = Case(vocab, hidden, dtype, adapter, device, options.tokens)
                 line = record.append("memory", compare(case, options.runs, options.timeout), device=device)
                 print(
                     f"{line['variant']} V={vocab} H={hidden}: {line['peak_mib']:.0f} MiB against "

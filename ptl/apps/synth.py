@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 KEEP = ("uniform", "first", "last", "ends", "importance")
 MEASURED_TOKENS = 1 << 15
-"""Tokens of ``--data`` that a teacher's layers and neurons are measured on."""
+"""Tokens of ``--data`` that a teacher's layers, neurons and channels are measured on."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,8 +45,9 @@ def parser() -> argparse.ArgumentParser:
     student.add_argument("model", help="run folder, model folder or hub name")
     student.add_argument("--layers", type=int, required=True, help="layers to keep")
     student.add_argument("--keep", choices=KEEP, default="uniform", help="which (default %(default)s)")
-    student.add_argument("--data", metavar="FILE", help="conversations to measure importance on, of layers and neurons")
+    student.add_argument("--data", metavar="FILE", help="conversations to measure importance on, of all that is cut")
     student.add_argument("--intermediate-size", type=int, help="neurons to keep in each MLP")
+    student.add_argument("--hidden-size", type=int, help="channels of the residual stream to keep")
     student.add_argument("--out", required=True, help="folder to write")
     synth_candidates.add_parser(commands)
     synth_idk.add_parsers(commands)
@@ -275,7 +276,7 @@ def student(args: argparse.Namespace) -> int:
         layers = choose_layers(scores, args.layers)
         print("importance of layers: " + " ".join(f"{i}:{score:.3f}" for i, score in enumerate(scores)))
     keep: Any = "uniform" if args.keep == "importance" else args.keep
-    shrink = Shrink(layers=layers, keep=keep, intermediate_size=args.intermediate_size)
+    shrink = Shrink(layers=layers, keep=keep, intermediate_size=args.intermediate_size, hidden_size=args.hidden_size)
     kept = kept_layers(shrink, depth)
     model = make_student(model, shrink, batches=batches if shrink.narrows else None)
     tokenizer = load_tokenizer(found.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from ptl.callbacks import report_page
+from ptl.callbacks.comparison import is_whole, weight_bytes
 from ptl.callbacks.held_rows import HeldRows, Task, held_rows
 from ptl.callbacks.loaded_models import check_tokenizer, loaded, model_folder
 from ptl.callbacks.model_meter import ModelMeter
@@ -25,7 +26,7 @@ from ptl.callbacks.throughput import excluded, log_metrics, logged_step
 from ptl.data.durable import replacing, write_text
 from ptl.data.sources import Source
 from ptl.models.spec import ModelSpec
-from ptl.strategies.partition import gathered_forward
+from ptl.strategies.partition import gathered_forward, has_room_for_whole
 
 if TYPE_CHECKING:
     from ptl.data.module import ChatDataModule
@@ -44,7 +45,8 @@ class DistillReport(L.Callback):
 
     "Before" is measured before step 0 and kept in the JSON file, where a resumed run finds it. Training does not
     notice: weights, modes, random states, metrics and the throughput clock are as without the report. All ranks measure
-    together; under ZeRO-3 whole models are gathered on each device for it.
+    together; under ZeRO-3 whole models are gathered on each device for it, a sharded teacher only to generate, and
+    only where all devices have room for it: its answers and speed are left out, with a note, where one has not.
 
     Arguments:
         general: sources beside the special data, all of whose rows are held out: what was forgotten.
@@ -168,7 +170,8 @@ class DistillReport(L.Callback):
             models = [after]
             if teacher is not None:
                 own = {part: comparison.of_teacher() for part, comparison in seen.items()}
-                models.insert(0, meter.entry("teacher", teacher, own))
+                with self._whole(trainer, pl_module, teacher):
+                    models.insert(0, meter.entry("teacher", teacher, own))
             for name, folder in self.baselines.items():
                 model = loaded(ModelSpec(name=folder, dtype="auto"), trainer.strategy.root_device, policy)
                 models.append(meter.measure(name, model, teacher)[0])
@@ -195,6 +198,19 @@ class DistillReport(L.Callback):
                 "from: set DistillReport.teacher to skip"
             )
         yield loaded(spec, trainer.strategy.root_device, _policy(pl_module))
+
+    def _whole(self, trainer: L.Trainer, pl_module: Any, teacher: nn.Module) -> AbstractContextManager[Any]:
+        """A sharded teacher is whole inside, where every rank has room for it; else it stays as it is, with a note."""
+        generates = self.task != "none" or self.speed_tokens > 0
+        if not generates or is_whole(teacher) or not hasattr(pl_module, "whole_teacher"):
+            return nullcontext()
+        if has_room_for_whole(teacher, trainer.strategy):
+            return pl_module.whole_teacher()
+        self._notes.append(
+            f"The teacher was not made whole: a rank has too little memory free for its "
+            f"{weight_bytes(teacher) / 2**30:.1f} GiB and what generating takes besides."
+        )
+        return nullcontext()
 
     # ---- keeping; rank 0 ----
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ptl.callbacks.comparison import Comparison, compare_models, generation_speed, is_whole, weight_bytes
-from ptl.callbacks.held_rows import HeldRows, Task, is_right, text_of
+from ptl.callbacks.held_rows import HeldRows, Question, Task, is_right, text_of
 from ptl.callbacks.shape import parameter_counts
 from ptl.models.heads import causal_lm
 from ptl.models.modes import evaluating
 from ptl.models.vocabulary import vocabulary_size
+from ptl.rollout.ranks import agreed
 from ptl.rollout.sampling import greedy
 from ptl.strategies.partition import full_shape
 
@@ -105,26 +106,34 @@ class ModelMeter:
         asked = rows.questions(renderer, self.task, self.task_questions)
         asked.sort(key=lambda question: len(question.prompt))
         mine = asked[self.trainer.global_rank :: self.trainer.world_size]
-        counts = torch.zeros(len(rows.sources), 2, dtype=torch.float64)
+        graded = partial(self._graded, model, mine, len(rows.sources))
+        return self._summed(agreed(self.trainer.strategy, graded, "answered the report's questions"))
+
+    def _graded(self, model: nn.Module, asked: Sequence[Question], sources: int) -> Tensor:
+        """float64 [S, 2], right answers and questions of each source, of the questions given."""
+        renderer = self._data.renderer
+        counts = torch.zeros(sources, 2, dtype=torch.float64)
         write = partial(greedy, model, stop=renderer.terminators, max_new_tokens=self.max_new_tokens)
         with evaluating(model), self.trainer.strategy.precision_plugin.val_step_context():
-            for start in range(0, len(mine), QUESTIONS_AT_ONCE):
-                some = mine[start : start + QUESTIONS_AT_ONCE]
+            for start in range(0, len(asked), QUESTIONS_AT_ONCE):
+                some = asked[start : start + QUESTIONS_AT_ONCE]
                 for question, ids in zip(some, write([question.prompt for question in some]), strict=True):
                     right = is_right(self.task, text_of(renderer, ids), text_of(renderer, question.answer))
                     counts[question.source] += torch.tensor([right, 1], dtype=torch.float64)
-        return self._summed(counts)
+        return counts
 
     def _speed(self, model: nn.Module) -> float | None:
         """On rank 0, while the others wait: ranks that share a processor would slow each other down."""
-        speed = None
-        if self.trainer.is_global_zero:
+
+        def measured() -> float | None:
+            if not self.trainer.is_global_zero:
+                return None
             rows = self.rows["special"]
             prompt = rows.part.prepared.rows[int(rows.rows[0])]["ids"][:PROMPT_TOKENS]
             with self.trainer.strategy.precision_plugin.val_step_context():
-                speed = generation_speed(model, prompt, self.speed_tokens)
-        self.trainer.strategy.barrier("distill_report_speed")
-        return speed
+                return generation_speed(model, prompt, self.speed_tokens)
+
+        return agreed(self.trainer.strategy, measured, "measured a model's speed")
 
 
 def _head_rows(model: nn.Module) -> int:

@@ -1,10 +1,10 @@
-"""How much each layer, neuron and head of a model matters, measured on real tokens: what a student is chosen by."""
+"""How much each layer, neuron, head and channel of a model matters on real tokens: what a student is chosen by."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,49 @@ def activity(model: nn.Module, layers: Sequence[Any], batches: Iterable[TokenBat
     parts = [part for layer in layers for name, part in layer.named_modules() if name.rpartition(".")[2] in names]
     read.run(batches, [part.register_forward_pre_hook(hook) for part in parts])
     return {module: total / read.tokens for module, total in sums.items()}
+
+
+class Passing(NamedTuple):
+    """What passes a norm, a number for each channel.
+
+    Attributes:
+        outputs: float64 [H] on the CPU: the mean absolute output.
+        shares: float64 [H] on the CPU: the mean of an input's part in the squared length of all H; they add up to 1.
+    """
+
+    outputs: Tensor
+    shares: Tensor
+
+
+@torch.no_grad()
+def stream_activity(model: nn.Module, norms: Sequence[nn.Module], batches: Iterable[TokenBatch]) -> list[Passing]:
+    """How large each channel of the residual stream is, over all tokens but padding.
+
+    Each token counts the same, however long its state is: the states of first tokens are longer by orders of magnitude
+    than those of others in many models.
+
+    Arguments:
+        model: as in ``layer_importance``.
+        norms: modules of it that map [B, T, H] to the same.
+        batches: as in ``layer_importance``.
+
+    Returns:
+        One for each of ``norms``.
+
+    Raises:
+        ValueError: no tokens, or a model sharded by ZeRO-3.
+    """
+    read = _Read(model)
+    sums: dict[nn.Module, Passing] = {}
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        square = args[0][read.real].float().square()
+        shares = square / square.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        now = Passing(*(x.sum(0).cpu().double() for x in (output[read.real].float().abs(), shares)))
+        sums[module] = Passing(*map(torch.add, sums[module], now)) if module in sums else now
+
+    read.run(batches, [norm.register_forward_hook(hook) for norm in norms])
+    return [Passing(*(total / read.tokens for total in sums[norm])) for norm in norms]
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -18,6 +18,8 @@ Keep = Literal["uniform", "first", "last", "ends"]
 
 CHANGES_BASE = ("pissa", "olora")
 """LoRA initialisations that take the adapter's first value out of the base weights."""
+WIDTHS = ("intermediate_size", "heads", "hidden_size")
+"""Keys of ``Shrink`` that make a layer narrower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,8 @@ class Shrink:
         intermediate_size: neurons to keep in each MLP; None keeps all.
         heads: attention heads to keep in each layer, with whole key-value groups: a multiple of the number of heads
             that share a key-value head; None keeps all.
+        hidden_size: channels of the residual stream to keep, the same in every layer, in decoders made as Llama,
+            Qwen2 or Qwen3 are; Llama's configuration asks for a multiple of the number of heads. None keeps all.
 
     Raises:
         ValueError: a value out of its range, or nothing to take away.
@@ -105,11 +109,14 @@ class Shrink:
     keep: Keep = "uniform"
     intermediate_size: int | None = None
     heads: int | None = None
+    hidden_size: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("policy.shrink.keep", self.keep, get_args(Keep))
         if self.layers is None and not self.narrows:
-            raise ValueError("policy.shrink is empty: set its layers, intermediate_size or heads, or remove it")
+            raise ValueError(
+                "policy.shrink is empty: set its layers, hidden_size, intermediate_size or heads, or remove it"
+            )
         if isinstance(self.layers, list):
             ascending = all(a < b for a, b in zip(self.layers, self.layers[1:]))
             if not self.layers or self.layers[0] < 0 or not ascending:
@@ -119,14 +126,19 @@ class Shrink:
                 )
         elif self.layers is not None and self.layers < 1:
             raise ValueError(f"policy.shrink.layers must be 1 or more, got {self.layers}")
-        for key in ("intermediate_size", "heads"):
+        for key in WIDTHS:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"policy.shrink.{key} must be 1 or more, got {value}")
 
     @property
     def narrows(self) -> bool:
-        """Whether anything within a layer is taken away."""
+        """Whether a layer that stays is cut."""
+        return any(getattr(self, key) is not None for key in WIDTHS)
+
+    @property
+    def within_layers(self) -> bool:
+        """Whether neurons or heads are taken away."""
         return self.intermediate_size is not None or self.heads is not None
 
 
@@ -151,7 +163,7 @@ class ModelSpec:
         random_init: build from the configuration alone with random weights: pre-training and benchmarks. ``name`` may
             then be the folder of a tokenizer alone; ``config_overrides`` says the model's type and sizes.
         config_overrides: keys of the model's ``config.json`` to change; fewer ``num_hidden_layers`` keeps the first.
-        shrink: keep only some layers, neurons and heads of the checkpoint: a student made of its teacher.
+        shrink: keep only some layers, neurons, heads and channels of the checkpoint: a student made of its teacher.
         revision: branch, tag or commit of a hub name.
         trust_remote_code: run Python code that comes with the model.
         allow_pickle: read pickled weights (``*.bin``), which can run code when loaded.
@@ -191,7 +203,7 @@ class ModelSpec:
         if self.quantize is None:
             return
         if self.shrink is not None and self.shrink.narrows:
-            key = "heads" if self.shrink.intermediate_size is None else "intermediate_size"
+            key = next(key for key in WIDTHS if getattr(self.shrink, key) is not None)
             raise ValueError(
                 f"policy.shrink.{key} cuts rows of matrices, and quantize {self.quantize} keeps codes: shrink layers "
                 "alone, or make the student without quantize first"

@@ -1,7 +1,8 @@
-"""A student out of its teacher: layers, neurons and heads kept as they were trained.
+"""A student out of its teacher: layers, neurons, heads and channels kept as they were trained.
 
 Works for decoders of transformers whose backbone has ``layers``; narrower MLPs and fewer heads for those whose layers
-are made of ``q_proj, k_proj, v_proj, o_proj`` and ``gate_proj, up_proj, down_proj`` (Llama, Qwen2, Qwen3, Gemma, ...).
+are made of ``q_proj, k_proj, v_proj, o_proj`` and ``gate_proj, up_proj, down_proj`` (Llama, Qwen2, Qwen3, Gemma, ...);
+a narrower residual stream for those that ``channels`` knows.
 Under ZeRO-3 layers are dropped without a look at their shapes; what is narrowed is made whole on every rank, and is
 sharded again by the engine, as adapters are.
 """
@@ -12,10 +13,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptl.models.adapters import gathered
+from ptl.models.channels import check_channels, choose_channels, cut_channels
+from ptl.models.cuts import cut, double, highest
 from ptl.models.importance import activity, decoder_layers
 from ptl.models.quantize import is_quantized
 from ptl.models.spec import Shrink
@@ -74,6 +78,8 @@ def make_student(
     matrix to the next, and key-value groups by the Frobenius norm of each head's ``W_o W_v``. With ``batches`` both
     are kept by what they add to the residual stream on real tokens: the root mean square of each activation times the
     norm of the column it meets (Minitron, arXiv:2407.14679, section 2.2, with the column of Wanda, arXiv:2306.11695).
+    Channels are chosen by ``choose_channels``, and what a norm divides by then changes: its weight makes up for it,
+    as ``cut_channels`` says, and is all that is not as it was trained.
 
     Layers by measured importance: ``Shrink(layers=choose_layers(layer_importance(model, batches), count))``.
 
@@ -98,13 +104,19 @@ def make_student(
     chosen: list[Any] = [layers[i] for i in kept]
     if shrink.narrows:
         _check_narrow(model, chosen[0], shrink, config)
-        measured = {} if batches is None else activity(model, chosen, batches)
+        read = None if batches is None else list(batches)
+        channels = None
+        if shrink.hidden_size is not None:
+            channels = choose_channels(model, chosen, shrink.hidden_size, read)
+        measured = activity(model, chosen, read) if read is not None and shrink.within_layers else {}
         for layer in chosen:
             with gathered(layer.parameters()):
                 if shrink.intermediate_size is not None:
                     _narrow_mlp(layer.mlp, shrink.intermediate_size, measured)
                 if shrink.heads is not None:
                     _narrow_attention(layer.self_attn, shrink.heads, config, measured)
+        if channels is not None:
+            cut_channels(model, chosen, channels)
     decoder: Any = model.get_decoder()
     decoder.layers = nn.ModuleList(chosen)
     for index, layer in enumerate(chosen):
@@ -118,9 +130,13 @@ def make_student(
     config.num_hidden_layers = len(kept)
     if shrink.intermediate_size is not None:
         config.intermediate_size = shrink.intermediate_size
+    if shrink.heads is not None or shrink.hidden_size is not None:
+        # Left out, it would be hidden_size over the number of heads.
+        config.head_dim = chosen[0].self_attn.head_dim
+    if shrink.hidden_size is not None:
+        config.hidden_size = shrink.hidden_size
     if shrink.heads is not None:
         group = config.num_attention_heads // config.num_key_value_heads
-        config.head_dim = chosen[0].self_attn.head_dim
         config.num_attention_heads, config.num_key_value_heads = shrink.heads, shrink.heads // group
     _check_reload(model)
     return model
@@ -130,8 +146,16 @@ def _check_reload(model: Any) -> None:
     """Refuses a student that its own configuration does not describe: another one would come back from its folder."""
     values = model.config.to_dict()
     values.pop("quantization_config", None)
+    try:
+        described = type(model.config).from_dict(values)
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"policy.shrink: {type(model.config).__name__} refuses the sizes of this student ({reason}): give another "
+            "hidden_size or number of heads"
+        ) from error
     with zero3_hidden(model), torch.device("meta"):
-        twin: Any = type(model)(type(model.config).from_dict(values))
+        twin: Any = type(model)(described)
     wrong = _differing_shape(model, twin) or _differing_value(model.get_decoder().layers, twin.get_decoder().layers)
     if wrong:
         raise ValueError(
@@ -183,6 +207,8 @@ def _check_narrow(model: nn.Module, layer: Any, shrink: Shrink, config: Any) -> 
             f"policy.shrink.intermediate_size is {shrink.intermediate_size}, but the model has "
             f"{config.intermediate_size}: give 1 to {config.intermediate_size}"
         )
+    if shrink.hidden_size is not None:
+        check_channels(model, shrink.hidden_size, config.hidden_size)
     if shrink.heads is None:
         return
     heads, group = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
@@ -200,10 +226,10 @@ def _narrow_mlp(mlp: Any, width: int, measured: dict[nn.Module, Tensor]) -> None
         scores = measured[down].sqrt() * scores
     else:
         scores = _norm(gate.weight, 1) * _norm(up.weight, 1) * scores
-    kept = _highest(scores, width)
-    _cut(gate, rows=kept)
-    _cut(up, rows=kept)
-    _cut(down, columns=kept)
+    kept = highest(scores, width)
+    cut(gate, rows=kept)
+    cut(up, rows=kept)
+    cut(down, columns=kept)
     if "intermediate_size" in vars(mlp):
         mlp.intermediate_size = width
 
@@ -216,47 +242,21 @@ def _narrow_attention(attention: Any, heads: int, config: Any, measured: dict[nn
         squares = (measured[out] * _norm(out.weight, 0).square()).view(groups, -1).sum(1)
     else:
         # |W_o W_v|^2 = trace(W_o' W_o W_v W_v') of each head, from matrices of [dim, dim].
-        value = _double(attention.v_proj.weight).view(groups, dim, -1)
-        back = _double(out.weight).view(-1, groups * group, dim).transpose(0, 1)
+        value = double(attention.v_proj.weight).view(groups, dim, -1)
+        back = double(out.weight).view(-1, groups * group, dim).transpose(0, 1)
         inner = (value @ value.mT).repeat_interleave(group, 0)
         squares = ((back.mT @ back) * inner).sum((1, 2)).view(groups, group).sum(1)
-    kept = _highest(squares.clamp_min(0).sqrt(), heads // group)
+    kept = highest(squares.clamp_min(0).sqrt(), heads // group)
     keys = (kept[:, None] * dim + torch.arange(dim)).flatten()
     queries = (kept[:, None] * group * dim + torch.arange(group * dim)).flatten()
-    _cut(attention.q_proj, rows=queries)
-    _cut(attention.k_proj, rows=keys)
-    _cut(attention.v_proj, rows=keys)
-    _cut(out, columns=queries)
+    cut(attention.q_proj, rows=queries)
+    cut(attention.k_proj, rows=keys)
+    cut(attention.v_proj, rows=keys)
+    cut(out, columns=queries)
     for key, value in (("num_heads", heads), ("num_key_value_heads", heads // group)):
         if key in vars(attention):
             setattr(attention, key, value)
 
 
-def _double(weight: Tensor) -> Tensor:
-    # Ranks that choose by sums in another order must not choose otherwise.
-    return weight.detach().cpu().double()
-
-
 def _norm(weight: Tensor, dim: int) -> Tensor:
-    return torch.linalg.vector_norm(_double(weight), dim=dim)
-
-
-def _highest(scores: Tensor, count: int) -> Tensor:
-    """int64 [count], ascending: where the highest scores are, of equal ones the first."""
-    return torch.sort(scores, descending=True, stable=True).indices[:count].sort().values
-
-
-def _cut(linear: nn.Linear, *, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-    """Keeps some rows (outputs, with their bias) or columns (inputs) of a layer whose weights are whole."""
-    weight, bias = linear.weight, linear.bias
-    dim, kept = (0, rows) if rows is not None else (1, columns)
-    assert kept is not None
-    where = kept.to(weight.device)
-    # Copies, since ZeRO-3 takes what it had gathered apart again.
-    linear.weight = nn.Parameter(weight.detach().index_select(dim, where), weight.requires_grad)
-    if rows is None:
-        linear.in_features = len(kept)
-        return
-    linear.out_features = len(kept)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().index_select(0, where), bias.requires_grad)
+    return torch.linalg.vector_norm(double(weight), dim=dim)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -170,6 +170,14 @@ class Distillation(Objective):
     def teacher_model(self) -> nn.Module | None:
         """The frozen teacher, or None where only its cache is read."""
         return self._live.model if self._live is not None else None
+
+    def whole_teacher(self) -> AbstractContextManager[None]:
+        """``teacher_model`` may generate inside, on each rank by itself: a sharded one is made whole.
+
+        All ranks enter and leave together, and each needs the memory: ask
+        ``ptl.strategies.partition.has_room_for_whole`` first.
+        """
+        return self._live.whole() if self._live is not None else nullcontext()
 
     @property
     def _taught_by(self) -> LiveTeacher:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -63,6 +63,8 @@ class LiveTeacher:
 
         ``parents`` as in ``hidden_states``.
         """
+        if self._sharded is not None:
+            self._sharded.begin()
         device = positions.device
         where = device if self._sharded is not None else next(self.model.parameters()).device
         with block_outputs(self.model, list(blocks)) as seen:
@@ -86,6 +88,13 @@ class LiveTeacher:
             bias = None if side.bias is None else side.bias.to(hidden.device)
             self._head = side._replace(weight=side.weight.to(hidden.device), bias=bias)
         yield self._head._replace(hidden=hidden)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """A sharded teacher is whole on every rank inside, which all enter and leave together; a replica is as it was.
+
+        For generating. Each rank needs the memory, see ``ptl.strategies.partition.has_room_for_whole``.
+        """
+        return nullcontext() if self._sharded is None else self._sharded.whole()
 
     def close(self) -> None:
         """Takes a sharded teacher's hooks off."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ptl.strategies.extensions import load_extension
+from ptl.strategies.partition import whole_model
 from ptl.strategies.zero_config import for_loading
 
 _STAGE_3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
@@ -52,11 +53,31 @@ class ShardedModel:
         }
         self._engine, *_ = deepspeed.initialize(
             config=config,
-            model=model,
+            # DeepSpeed's hook on the module that it is given begins a step, with collectives. That is a module around
+            # the model, which never runs, so that the model may run on one rank alone while it is whole.
+            model=nn.Sequential(model),
             model_parameters=[],  # pyright: ignore[reportArgumentType]
             dist_init_required=False,
         )
         self.model: nn.Module = model.eval()
+
+    def begin(self) -> None:
+        """To be called before each pass, by all ranks: layers are fetched ahead in the order of the first pass.
+
+        DeepSpeed would do so when the module that it was given runs. Without it the order that it keeps grows by every
+        layer of every pass, and each layer is fetched when it is needed.
+        """
+        partitions: Any = self._engine.optimizer
+        partitions.get_param_coordinator().reset_step()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The model is whole on every rank inside, where each may run it any number of times, also never.
+
+        All ranks enter and leave together; each needs the memory (``ptl.strategies.partition.has_room_for_whole``).
+        """
+        with whole_model(self._engine):
+            yield
 
     def close(self) -> None:
         """Takes the engine's hooks off the model."""

@@ -10,11 +10,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
+
+ROOM = 0.5
+"""Memory to generate in, as a share of the weights that are gathered for it."""
 
 
 def is_partitioned(tensor: Tensor) -> bool:
@@ -81,20 +85,53 @@ def gathered_forward(strategy: Strategy) -> Iterator[None]:
     if module is None or not any(is_partitioned(p) for p in module.parameters()):
         yield
         return
-    if not getattr(strategy, "has_hooks", False):
-        with gathered(module):
-            yield
-        return
+    with whole_model(module) if getattr(strategy, "has_hooks", False) else gathered(module):
+        yield
+
+
+@contextmanager
+def whole_model(engine: nn.Module) -> Iterator[None]:
+    """``gathered_forward`` for a DeepSpeed engine of stage 3.
+
+    Arguments:
+        engine: with its hooks. The module that it was given does not run inside, only modules in it do: the hook by
+            which DeepSpeed begins a step stays on it, and is collective.
+    """
     from deepspeed.runtime.zero import unwrap_model_for_generation
 
     failure: BaseException | None = None
-    with unwrap_model_for_generation(module):
+    with unwrap_model_for_generation(engine):
         try:
             yield
         except BaseException as error:  # DeepSpeed puts its hooks back only when this block ends well
             failure = error
     if failure is not None:
         raise failure
+
+
+def has_room_for_whole(module: nn.Module, strategy: Strategy) -> bool:
+    """Whether every rank has the memory to make the module whole and to generate with it; all ranks hear the same.
+
+    Counted are the parameters that are shards now and ``ROOM`` times as much for keys, values and what is between
+    layers. Ranks of one machine that run on its processors share its memory.
+
+    Arguments:
+        module: partitioned or not.
+        strategy: the trainer's.
+    """
+    away = [p for p in module.parameters() if is_partitioned(p) and not _is_whole(p)]
+    needed = (1 + ROOM) * sum(full_shape(p).numel() * p.element_size() for p in away)
+    short = needed > free_bytes(strategy.root_device, getattr(strategy, "num_processes", 1))
+    ranks_short = strategy.reduce(torch.tensor(float(short), device=strategy.root_device), reduce_op="sum")
+    return float(ranks_short) == 0
+
+
+def free_bytes(device: torch.device, ranks: int) -> float:
+    """Memory that a rank can still take: of its GPU, or its part of what the machine has where ``ranks`` share it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available / ranks
 
 
 def consolidated_state_dict(module: nn.Module, *, trainable_only: bool = False) -> dict[str, Tensor]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 
 from ptl.callbacks.distill_report import DistillReport
+from ptl.callbacks.held_rows import text_of
 from ptl.callbacks.record import RunRecord
 from ptl.data.module import ChatDataModule
 from ptl.data.parts import Preparation
@@ -19,11 +22,15 @@ from ptl.models.spec import ModelSpec
 from ptl.models.teachers import Teacher
 from ptl.objectives.base import Objective
 from ptl.objectives.distillation import Distillation
-from ptl.types import LossOutput, TokenBatch
+from ptl.rollout.sampling import greedy
+from ptl.strategies import partition
+from ptl.types import LossOutput, Message, TokenBatch
 from tests import tiny
 from tests.callbacks.parts import trainer
 from tests.objectives.law import write_rows
 from tests.ranks import rank
+
+MAX_NEW_TOKENS = 6
 
 
 class LiveTeacher(Objective):
@@ -111,12 +118,41 @@ def report(folder: Path, **options: Any) -> DistillReport:
     """A report with both kinds of rows, quiet and short."""
     general = [Source(path=str(folder / "general.jsonl"), name="sums")]
     return DistillReport(
-        **{"general": general, "console": False, "speed_tokens": 4, "max_new_tokens": 6, "task": "number", **options}
-    )
+        **{
+            "general": general, "console": False, "speed_tokens": 4, "max_new_tokens": MAX_NEW_TOKENS, "task": "number",
+            **options,
+        }
+    )  # fmt: skip
 
 
 def read(run: Path) -> dict[str, Any]:
     return json.loads((run / "distill_report.json").read_text())
+
+
+def let_teacher_know(folder: Path) -> int:
+    """Gives the folder a teacher that says words, and these as answers of every other general row; returns how many."""
+    renderer = chat(folder).renderer
+    # A random model with a tied head says its prompt's last token, here a blank, again and again.
+    tiny.save_folder(folder / "teacher", tiny.make_tokenizer(), layers=2, hidden=64, seed=2, tie=False)
+    teacher = ModelSpec(name=str(folder / "teacher")).build().eval()
+    path = folder / "general.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[::2]:
+        prompt = renderer.prompt((Message(role="user", content=row["messages"][0]["content"]),))
+        said = greedy(teacher, [prompt], stop=renderer.terminators, max_new_tokens=MAX_NEW_TOKENS)[0]
+        row["messages"][1]["content"] = text_of(renderer, said)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return len(rows[::2])
+
+
+ON_RANKS = {
+    "ddp": "replica",
+    "zero3": "replica",
+    "ddp-speed-alone": "sharded",
+    "zero3-sharded-teacher": "sharded",
+    "zero3-no-room-on-rank-1": "sharded",
+}
+"""Runs of ``on_ranks``, and the teacher's placement in each; ``speed-alone`` asks no questions."""
 
 
 def on_ranks(folder: str, out: str) -> dict[str, Any]:
@@ -124,18 +160,15 @@ def on_ranks(folder: str, out: str) -> dict[str, Any]:
     from ptl.strategies.deepspeed import ZeROStrategy
 
     found: dict[str, Any] = {}
-    for name in ("ddp", "zero3", "zero3-sharded-teacher"):
-        strategy: Any = "ddp" if name == "ddp" else ZeROStrategy(stage=3)
+    for name, placement in ON_RANKS.items():
+        strategy: Any = "ddp" if name.startswith("ddp") else ZeROStrategy(stage=3)
         run = Path(out) / name
-        fit = trainer(
-            run,
-            [RunRecord(run), report(Path(folder), baselines={"untrained twin": f"{folder}/student"})],
-            strategy=strategy,
-            devices=2,
-            max_steps=2,
-        )
-        placement = "sharded" if "sharded" in name else "replica"
-        fit.fit(distillation(Path(folder), placement=placement), chat(Path(folder)))
+        task = "none" if "alone" in name else "exact"
+        callback = report(Path(folder), task=task, baselines={"untrained twin": f"{folder}/student"})
+        fit = trainer(run, [RunRecord(run), callback], strategy=strategy, devices=2, max_steps=2)
+        full = "no-room" in name and rank() == 1
+        with patch.object(partition, "free_bytes", lambda *_: 0) if full else nullcontext():
+            fit.fit(distillation(Path(folder), placement=placement), chat(Path(folder)))
         if rank() == 0:
             found[name] = read(run)
     return found

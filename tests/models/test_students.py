@@ -337,7 +337,7 @@ BASE = ModelSpec(name="m", adapter=LoRA())
 @pytest.mark.parametrize(
     ("make_it", "words"),
     [
-        (lambda: Shrink(), "policy.shrink is empty: set its layers, intermediate_size or heads"),
+        (lambda: Shrink(), "policy.shrink is empty: set its layers, hidden_size, intermediate_size or heads"),
         (lambda: Shrink(layers=0), "policy.shrink.layers must be 1 or more, got 0"),
         (lambda: Shrink(layers=[]), "policy.shrink.layers must be a number, or a list"),
         (lambda: Shrink(layers=[2, 1]), r"ascending order, got \[2, 1\]"),
@@ -400,11 +400,11 @@ def on_two_ranks(tmp_path_factory, folder):
     return run_ranks("tests.models.zero_students:compare", world_size=2, args=arguments, timeout=200)
 
 
-@pytest.mark.parametrize("kind", ["layers", "adapter", "width"])
+@pytest.mark.parametrize("kind", ["layers", "adapter", "width", "channels"])
 def test_a_student_made_under_zero_3_learns_as_one_made_alone(kind, on_two_ranks):
     for result in (ranks[kind] for ranks in on_two_ranks):
         assert result["losses"] == pytest.approx(result["expected"], rel=1e-5)
-        assert result["sharded"] > 0
+        assert (result["sharded"] > 0) == (kind != "channels")  # of which every matrix is cut, and so made whole
     assert on_two_ranks[0][kind]["export"] < 1e-4
 
 

@@ -24,6 +24,7 @@ def specs(folder: str) -> dict[str, ModelSpec]:
         "layers": layers,
         "adapter": replace(layers, adapter=LoRA(rank=4)),
         "width": replace(base, shrink=Shrink(layers=2, intermediate_size=20, heads=2)),
+        "channels": replace(base, shrink=Shrink(layers=2, hidden_size=64)),
     }
 
 

@@ -1,6 +1,7 @@
 """GRPO on a task that only a tool can answer: to say the code of the moment, which no weights can hold."""
 
 import json
+from importlib.util import find_spec
 
 import lightning as L
 import numpy as np
@@ -10,9 +11,12 @@ from ptl.models.optimizer import Optimizer, Schedule
 from ptl.models.spec import ModelSpec
 from ptl.objectives.grpo import GRPO
 from ptl.rewards.base import Reward
+from ptl.rollout.hf import HF
+from ptl.rollout.hf_cb import HFContinuous
 from ptl.rollout.selfcheck import SelfCheck
 from ptl.rollout.settings import Rollout
 from ptl.rollout.tool_turns import ToolUse
+from ptl.rollout.vllm import INSTALL, VLLM
 from tests import tiny
 from tests.objectives import law, rl
 from tests.tools.parts import LETTERS
@@ -44,14 +48,15 @@ def folder(tmp_path_factory):
     tokenizer.add_tokens(list(TAGS))
     tokenizer.chat_template = TEMPLATE
     tiny.save_folder(folder / "model", tokenizer, tie=False)
+    tiny.save_folder(folder / "wide", tokenizer, tie=False, hidden=128)  # heads of 32 columns, which vLLM needs
     rows = [{"prompt": letter, "answer": letter} for letter in LETTERS] * 8
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-def objective_of(folder, **options):
+def objective_of(folder, model="model", **options):
     return GRPO(
-        ModelSpec(name=str(folder / "model"), random_init=True),
+        ModelSpec(name=str(folder / model), random_init=True),
         [Code()],
         rollout=Rollout(group_size=8, max_new_tokens=12),
         tools=ToolUse(names=["tests.tools.parts:code"], rounds=1),
@@ -63,10 +68,23 @@ def objective_of(folder, **options):
     )
 
 
-def test_law_3_what_a_tool_said_is_read_and_never_trained(folder):
+def vllm():
+    return VLLM(dtype="fp32", kv_cache_gib=0.1, max_model_len=128, enforce_eager=True)
+
+
+WITHOUT_VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason=f"vllm is not installed: {INSTALL}")
+ENGINES = [
+    pytest.param(HF, "model", id="hf"),
+    pytest.param(HFContinuous, "model", id="continuous"),
+    pytest.param(vllm, "wide", id="vllm", marks=[pytest.mark.slow, pytest.mark.timeout(600), WITHOUT_VLLM]),
+]
+
+
+@pytest.mark.parametrize(("engine", "model"), ENGINES)
+def test_law_3_what_a_tool_said_is_read_and_never_trained(folder, engine, model):
     """The run passes the check of sampling against scoring, and no token of a tool's is a target."""
     L.seed_everything(1, verbose=False)
-    objective = objective_of(folder)
+    objective = objective_of(folder, model, engine=engine())
     data = rl.data_of(str(folder), objective.view, micro=16, layout="padded")
     watch = rl.watch("train/tool_calls", "train/tool_tokens")
     trainer = law.trainer_of(str(folder), "auto", 1, 1, callbacks=[watch], max_epochs=-1, max_steps=3)

@@ -18,6 +18,7 @@ from ptl.strategies.deepspeed import (
     gathered_forward,
     share_parameters,
 )
+from ptl.strategies.partition import has_room_for_whole
 from tests.tiny import make_model
 
 
@@ -134,6 +135,7 @@ def test_without_partitions_the_helpers_do_nothing():
     model = make_model()
     strategy = make_trainer("auto").strategy
     share_parameters(model, model.parameters())
+    assert has_room_for_whole(model, strategy)
     with gathered(model), gathered_forward(strategy):
         state = consolidated_state_dict(model)
     assert state.keys() == model.state_dict().keys()
