@@ -128,10 +128,14 @@ def with_tokens(tokenizer: PreTrainedTokenizerFast, placed: Sequence[PlacedToken
         state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         known = {entry["content"] for entry in state["added_tokens"]}
         vocabulary = state["model"]["vocab"]
+        in_table = isinstance(vocabulary, dict)  # a Unigram vocabulary is a list, whose pieces would match inside a text
+        if in_table:  # what is not in it is numbered after it, and it grows: Qwen's and Llama 3's marks are not
+            for entry in state["added_tokens"]:
+                vocabulary.setdefault(entry["content"], entry["id"])
         for each in placed:
             if each.token.text in known:
                 continue
-            if isinstance(vocabulary, dict):  # a Unigram vocabulary is a list, whose pieces would match inside a text
+            if in_table:
                 vocabulary.setdefault(each.token.text, each.id)
             flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
             entry = {"id": each.id, "content": each.token.text, **flags, "special": each.token.special}

@@ -100,6 +100,21 @@ def test_a_free_id_in_a_hole_can_be_given(o200k):
     assert grown.convert_tokens_to_ids("<a>") == 200_001 and len(grown) == len(o200k) + 1
 
 
+@pytest.mark.parametrize("given", [None, 700])
+def test_marks_behind_the_vocabulary_keep_their_ids(base, given):
+    """Qwen's and Llama 3's own special tokens are not in the table of their pieces."""
+    tokenizer = with_tokens(base, [])
+    tokenizer.add_tokens([AddedToken("<|behind|>", special=True, normalized=False)])
+    before = tokenizer.get_vocab()
+    text = "hello <|behind|> world<|endoftext|> brown"
+    grown = with_tokens(tokenizer, place_tokens(tokenizer, [NewToken("<|new|>", id=given)]))
+    assert before["<|behind|>"] == len(before) - 1
+    assert {token: grown.get_vocab()[token] for token in before} == before
+    assert grown.get_vocab()["<|new|>"] == (given or len(before))
+    assert grown.encode(text) == tokenizer.encode(text)
+    assert grown.decode(grown.encode(text + "<|new|>")) == tokenizer.decode(tokenizer.encode(text)) + "<|new|>"
+
+
 def test_a_unigram_vocabulary_takes_tokens_at_its_end_alone(tmp_path):
     backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -1.0)], unk_id=0))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
