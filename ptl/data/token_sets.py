@@ -128,7 +128,9 @@ def with_tokens(tokenizer: PreTrainedTokenizerFast, placed: Sequence[PlacedToken
         state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         known = {entry["content"] for entry in state["added_tokens"]}
         vocabulary = state["model"]["vocab"]
-        in_table = isinstance(vocabulary, dict)  # a Unigram vocabulary is a list, whose pieces would match inside a text
+        in_table = isinstance(
+            vocabulary, dict
+        )  # a Unigram vocabulary is a list, whose pieces would match inside a text
         if in_table:  # what is not in it is numbered after it, and it grows: Qwen's and Llama 3's marks are not
             for entry in state["added_tokens"]:
                 vocabulary.setdefault(entry["content"], entry["id"])
