@@ -127,22 +127,17 @@ def with_tokens(tokenizer: PreTrainedTokenizerFast, placed: Sequence[PlacedToken
         file = Path(folder) / "tokenizer.json"
         state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         known = {entry["content"] for entry in state["added_tokens"]}
+        for each in placed:
+            if each.token.text not in known:
+                flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+                entry = {"id": each.id, "content": each.token.text, **flags, "special": each.token.special}
+                state["added_tokens"].append(entry)
+        state["added_tokens"].sort(key=lambda entry: entry["id"])
         vocabulary = state["model"]["vocab"]
-        in_table = isinstance(
-            vocabulary, dict
-        )  # a Unigram vocabulary is a list, whose pieces would match inside a text
-        if in_table:  # what is not in it is numbered after it, and it grows: Qwen's and Llama 3's marks are not
+        if isinstance(vocabulary, dict):  # a Unigram vocabulary is a list, whose pieces would match inside a text
+            # All of them: what is not in the table, as Qwen's and Llama 3's own marks, is numbered after it.
             for entry in state["added_tokens"]:
                 vocabulary.setdefault(entry["content"], entry["id"])
-        for each in placed:
-            if each.token.text in known:
-                continue
-            if in_table:
-                vocabulary.setdefault(each.token.text, each.id)
-            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            entry = {"id": each.id, "content": each.token.text, **flags, "special": each.token.special}
-            state["added_tokens"].append(entry)
-        state["added_tokens"].sort(key=lambda entry: entry["id"])
         file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
         grown = load_tokenizer(folder)
     grown.name_or_path = tokenizer.name_or_path

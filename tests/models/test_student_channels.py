@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +19,7 @@ from ptl.models.spec import LoRA, ModelSpec, Shrink
 from ptl.models.students import make_student
 from tests import tiny
 from tests.models import zoo
+from tests.models.student_parts import IDS, batches, logits, teacher
 from tests.objectives import kd, law
 
 WIDTH = zoo.SHAPE["hidden_size"]
@@ -32,7 +32,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
 }
 DEAD = [0, 3, 9, 10, 17, 22, 30, 31]
-IDS = torch.tensor([[5, 9, 20, 33, 1, 7, 44, 60, 12, 3, 3, 81]])
 
 
 def make(family: str, *, depth: int = 3, seed: int = 0, **options: Any) -> Any:
@@ -41,24 +40,7 @@ def make(family: str, *, depth: int = 3, seed: int = 0, **options: Any) -> Any:
     shape = {**zoo.SHAPE, "num_hidden_layers": depth, **own, **options}
     if shape["head_dim"] is None:
         shape.pop("head_dim")
-    if prefix == "Llama":
-        shape.pop("sliding_window")
-    torch.manual_seed(seed)
-    config = getattr(transformers, f"{prefix}Config")(**shape)
-    model = getattr(transformers, f"{prefix}ForCausalLM")._from_config(config, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.ndim > 1 else 0.1))
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model(input_ids=IDS, use_cache=False).logits
-
-
-def batches() -> list[Any]:
-    return [zoo.padded(zoo.documents((7, 3, 9), 0)), zoo.packed(zoo.documents((4, 6), 1))]
+    return teacher(prefix, shape, seed)
 
 
 def norms_of(model: Any) -> list[Any]:

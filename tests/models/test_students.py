@@ -20,6 +20,7 @@ from ptl.models.spec import LoRA, ModelSpec, Shrink
 from ptl.models.students import kept_layers, make_student
 from tests import tiny
 from tests.models import zoo
+from tests.models.student_parts import IDS, batches, logits, teacher
 from tests.ranks import run_ranks
 
 DEPTH = 5
@@ -35,31 +36,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3", {"query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}),
     "smollm3_some_rope": ("SmolLM3", {"no_rope_layer_interval": 2}),
 }
-IDS = torch.tensor([[5, 9, 20, 33, 1, 7, 44, 60, 12, 3, 3, 81]])
 
 
 def make(family: str, *, depth: int = DEPTH, seed: int = 0) -> Any:
     """A model of 4 heads in 2 key-value groups and 48 neurons, in eval mode."""
     prefix, options = FAMILIES.get(family, (family, {}))
     shape = {**zoo.SHAPE, "num_hidden_layers": depth, **options}
-    if prefix == "Llama":
-        shape.pop("sliding_window")  # unknown to its layers, but not to the key-value cache
     if "layer_types" in options:
         shape["layer_types"] = (options["layer_types"] * depth)[:depth]
-    config_class = getattr(transformers, f"{prefix}TextConfig", None) or getattr(transformers, f"{prefix}Config")
-    torch.manual_seed(seed)
-    model = getattr(transformers, f"{prefix}ForCausalLM")._from_config(
-        config_class(**shape), attn_implementation="eager"
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.ndim > 1 else 0.1))
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model(input_ids=IDS, use_cache=False).logits
+    return teacher(prefix, shape, seed)
 
 
 def reloaded(model: Any, folder: Any) -> Any:
@@ -67,10 +52,6 @@ def reloaded(model: Any, folder: Any) -> Any:
     again, info = type(model).from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     return again.eval()
-
-
-def batches(seed: int = 0) -> list[Any]:
-    return [zoo.padded(zoo.documents((7, 3, 9), seed)), zoo.packed(zoo.documents((4, 6), seed + 1))]
 
 
 @pytest.fixture(scope="module")

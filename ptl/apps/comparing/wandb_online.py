@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import os
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +19,7 @@ SERVER_KEYS = {"group": "group", "job_type": "jobType", "name": "displayName", "
 """Filters that the server applies, and what it calls them; any other is a configuration key, applied here."""
 LONGEST_END_S = 15
 """Seconds that W&B's service process has to end once the command has said all: it only read."""
+SERVICE = "wandb-core"
 _STATES = {"finished": "finished", "failed": "failed", "crashed": "failed", "killed": "interrupted"}
 
 
@@ -79,14 +78,12 @@ def read_project(project: str, filters: Sequence[str]) -> list[Run]:
 def _end_in_time() -> None:
     """Bounds the end of W&B's service process, which W&B waits for without a limit, even while that retries."""
 
-    def leave(*_: object) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for service in psutil.Process().children():  # it would hold the terminal's pipe open
-            service.kill()
-        os._exit(1)
+    def end(*_: object) -> None:
+        for child in psutil.Process().children():
+            if child.name() == SERVICE:
+                child.kill()
 
-    signal.signal(signal.SIGALRM, leave)
+    signal.signal(signal.SIGALRM, end)
     signal.alarm(LONGEST_END_S)
 
 
