@@ -250,17 +250,20 @@ def test_where_a_job_may_not_be_requeued_a_new_one_takes_over(cluster, tmp_path)
 
 def test_a_mistake_is_said_once_and_not_repeated(cluster, folder, tmp_path):
     """Tasks and devices that differ are found on every rank, before anybody waits for anybody."""
-    run = tmp_path / "run"
-    script = tmp_path / "own.sbatch"
-    command = " ".join(f"'{part}'" for part in arguments(folder, run, "--trainer.num_nodes=2", "--trainer.devices=2"))
-    script.write_text(
-        f"#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1\nsrun $PTL_PYTHON -m ptl.cli fit {command}\n"
+    head, pair = (
+        "#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1\n",
+        ("--trainer.num_nodes=2", "--trainer.devices=2"),
     )
-    job = cluster.submit(script)
-    bare = tmp_path / "bare.sbatch"
-    bare.write_text(f"#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1\n$PTL_PYTHON -m ptl.cli fit {command}\n")
-    without_srun = cluster.submit(bare)
-    wrong = cluster.submit(TRAIN, *arguments(folder, run, "--model.policy.nmae", "x"), options=TWO)
+
+    def submitted(name: str, launcher: str) -> int:
+        """A job of a script of the user's own, with a run folder of its own: the jobs may run at the same time."""
+        command = " ".join(f"'{part}'" for part in arguments(folder, tmp_path / name, *pair))
+        script = tmp_path / f"{name}.sbatch"
+        script.write_text(f"{head}{launcher}$PTL_PYTHON -m ptl.cli fit {command}\n")
+        return cluster.submit(script)
+
+    job, without_srun = submitted("own", "srun "), submitted("bare", "")
+    wrong = cluster.submit(TRAIN, *arguments(folder, tmp_path / "wrong", "--model.policy.nmae", "x"), options=TWO)
     assert cluster.wait(job) == "FAILED"
     assert "trainer.devices is 2 and srun starts 1 tasks a node" in cluster.output(job)
     assert cluster.wait(without_srun) == "FAILED"
