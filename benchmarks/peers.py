@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks import peer_stages, record, report
 from benchmarks.peer_tools.compare import Measured, Pair, check_same_work, compare, run_side
+from ptl.functional.flops import peak_flops
 
 STAGES = tuple(sorted(module.name for module in pkgutil.iter_modules(peer_stages.__path__)))
 
@@ -107,13 +108,14 @@ def peer_name(stage: str) -> str:
 
 def result(args: argparse.Namespace, spec: dict[str, Any], pairs: Sequence[Pair], peer: str) -> dict[str, Any]:
     """The line that is recorded, but for the common keys."""
+    dtype = "fp32" if args.dtype == "fp32" else "bf16"
     adapter = {"none": "full"}.get(spec.get("adapter", "none"), spec.get("adapter"))
     engine = "" if spec.get("engine", "hf") == "hf" else spec["engine"]
     return {
         "stage": args.stage,
         "variant": "-".join(part for part in (adapter, args.dtype, engine) if part),
         "peer": peer,
-        **compare(pairs, warmup=args.warmup, dtype="fp32" if args.dtype == "fp32" else "bf16"),
+        **compare(pairs, warmup=args.warmup, dtype=dtype, peak=peak_flops(record.device_name(args.device), dtype)),
         "model": args.model.name,
         "threads": args.threads,
         "batch_rows": args.batch_rows,

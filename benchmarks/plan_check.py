@@ -1,6 +1,6 @@
-"""Peak memory that `ptl plan` predicts against what `ptl fit` is seen to take, on the CPU.
+"""Peak memory that `ptl plan` predicts against what `ptl fit` is seen to take.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.plan_check [--case NAME ...] [--limit 0.15]
+    OMP_NUM_THREADS=1 python -m benchmarks.plan_check [--device cuda] [--case NAME ...] [--limit 0.15]
 
 Each case is a real run of the real command in processes of its own: a Llama of 25 to 135 million random weights, made
 in process from its config, a few optimizer steps on plain text, and the highest resident set (Linux ``VmHWM``) of
@@ -9,6 +9,9 @@ every rank. The plan sees the same ``config.json`` and options, never the measur
 
 The libraries (interpreter, torch, Lightning, DeepSpeed) are a large share of a small run and would flatter the
 comparison; hence the ``net`` columns, which leave that part out of both sides.
+
+On a GPU the models are of 135 million and 1.5 billion weights, rows have 4,096 tokens, and what is compared is what
+PyTorch's allocator reserved, as the run's own ``peak_memory_gib`` says, with the plan without the driver's share.
 """
 
 from __future__ import annotations
@@ -21,10 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks import record
 from ptl.functional.memory_plan import LIBRARIES, memory_plan
@@ -69,8 +72,30 @@ class Case:
     accumulate: int = 1
     checkpointing: bool = False
     steps: int = 2
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
 
+_SMALL: dict[str, Any] = {"layers": 30, "vocab": 49152, "sequence": 4096}
+_LARGE: dict[str, Any] = {
+    "layers": 28,
+    "hidden": 1536,
+    "intermediate": 8960,
+    "heads": 12,
+    "kv_heads": 2,
+    "vocab": 151936,
+    "sequence": 4096,
+    "precision": "bf16-mixed",
+}
+GPU_CASES = (
+    Case(name="gpu-full-fp32", **_SMALL),
+    Case(name="gpu-full", **_SMALL, micro_batch=4, precision="bf16-mixed"),
+    Case(name="gpu-lora", **_SMALL, adapter="lora:16", micro_batch=4, precision="bf16-mixed"),
+    Case(name="gpu-zero2", **_SMALL, strategy="zero2", micro_batch=4, precision="bf16-mixed"),
+    Case(name="gpu-zero3", **_SMALL, strategy="zero3", micro_batch=4, precision="bf16-mixed"),
+    Case(name="gpu-large", **_LARGE),
+    Case(name="gpu-large-checkpointing", **_LARGE, micro_batch=4, checkpointing=True),
+    Case(name="gpu-large-lora", **_LARGE, adapter="lora:16", micro_batch=2),
+)
 CASES = (
     Case(name="full", layers=30, vocab=49152, sequence=256),
     Case(name="full-long", layers=8, sequence=1024),
@@ -122,7 +147,7 @@ def make_parts(folder: Path, case: Case, rows: int = 64) -> None:
             file.write(json.dumps({"text": (words * (case.sequence // len(words) + 2))[: case.sequence + 8]}) + "\n")
 
 
-def run_config(case: Case, folder: Path) -> dict[str, Any]:
+def run_config(case: Case, folder: Path, accelerator: str = "cpu") -> dict[str, Any]:
     """The whole configuration of a run, as ``ptl fit -c`` reads it."""
     policy: dict[str, Any] = {
         "name": str(folder / "model"),
@@ -132,9 +157,9 @@ def run_config(case: Case, folder: Path) -> dict[str, Any]:
     if case.adapter != "full":
         policy["adapter"] = {"rank": int(case.adapter.split(":")[1])}
     trainer: dict[str, Any] = {
-        "accelerator": "cpu",
+        "accelerator": accelerator,
         "devices": case.ranks,
-        "precision": "32-true",
+        "precision": case.precision,
         "max_steps": case.steps,
         "max_epochs": -1,
         "accumulate_grad_batches": case.accumulate,
@@ -169,13 +194,16 @@ def run_config(case: Case, folder: Path) -> dict[str, Any]:
         "checkpoint": {"save_top_k": 0},
         "export": {"merged": False, "adapter": False},
         "run": {"dir": str(folder / "run")},
+        "throughput": {"warmup": 0},
         "trainer": trainer,
     }
 
 
-def peaks(command: Sequence[str], log: Path, timeout: float) -> tuple[int, dict[int, int]]:
+def peaks(
+    command: Sequence[str], log: Path, timeout: float, given: Mapping[str, str] = ENVIRONMENT
+) -> tuple[int, dict[int, int]]:
     """Exit code of a command, and the most bytes that were resident in each of its processes, by process id."""
-    env = {**ENVIRONMENT, **os.environ}
+    env = {**given, **os.environ}
     seen: dict[int, int] = {}
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
@@ -210,8 +238,8 @@ def _high_water(pid: int) -> int:
         return 0
 
 
-def measure(case: Case, *, timeout: float = 600.0) -> int:
-    """Peak resident bytes of the fullest rank of a real run.
+def measure(case: Case, *, timeout: float = 600.0, device: str = "cpu") -> int:
+    """Peak bytes of the fullest rank of a real run: resident, or reserved on a GPU.
 
     Raises:
         RuntimeError: the run failed, with the end of what it wrote.
@@ -221,16 +249,23 @@ def measure(case: Case, *, timeout: float = 600.0) -> int:
     with tempfile.TemporaryDirectory(prefix="plan-") as name:
         folder = Path(name)
         make_parts(folder, case)
-        (folder / "run.yaml").write_text(yaml.safe_dump(run_config(case, folder)))
+        on_gpu = device == "cuda"
+        settings = run_config(case, folder, "gpu" if on_gpu else "cpu")
+        (folder / "run.yaml").write_text(yaml.safe_dump(settings))
         command = [sys.executable, "-m", "ptl.cli", "fit", "-c", str(folder / "run.yaml")]
-        code, seen = peaks(command, folder / "log", timeout)
+        given = {k: v for k, v in ENVIRONMENT.items() if not on_gpu or k != "DS_ACCELERATOR"}
+        code, seen = peaks(command, folder / "log", timeout, given)
         if code:
             raise RuntimeError(f"case {case.name} failed:\n{(folder / 'log').read_text()[-3000:]}")
+        if on_gpu:
+            rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+            return int(max(row.get("throughput/peak_memory_gib", 0.0) for row in rows) * 2**30)
         return max(seen.values())
 
 
-def predict(case: Case) -> dict[str, float]:
-    """Bytes by part, as ``ptl plan`` counts them from the case's config."""
+def predict(case: Case, device: str = "cpu") -> dict[str, float]:
+    """Bytes by part, as ``ptl plan`` counts them from the case's config; on a GPU without what the driver takes."""
+    on_gpu = device == "cuda"
     job = Job(
         model=model_size(model_config(case)),
         sequence=case.sequence,
@@ -238,44 +273,50 @@ def predict(case: Case) -> dict[str, float]:
         accumulate=case.accumulate,
         rank=None if case.adapter == "full" else int(case.adapter.split(":")[1]),
         weights="fp32",
-        precision="fp32",
+        precision="bf16-mixed" if case.precision == "bf16-mixed" else "fp32",
         world=case.ranks,
         per_node=case.ranks,
-        cuda=False,
+        cuda=on_gpu,
         checkpointing="full" if case.checkpointing else "none",
     )
-    return dict(memory_plan(job, STRATEGIES_BY_NAME[case.strategy], rates_of("cpu")).device)
+    rates = rates_of("h100" if on_gpu else "cpu")
+    parts = memory_plan(job, STRATEGIES_BY_NAME[case.strategy], rates).device
+    return {name: value for name, value in parts.items() if name != "driver and libraries"}
 
 
-def compared(case: Case, measured: int) -> dict[str, Any]:
+def compared(case: Case, measured: int, device: str = "cpu") -> dict[str, Any]:
     """The line of a case that is kept: MiB measured and planned, with and without the libraries."""
-    parts = predict(case)
+    parts = predict(case, device)
     planned = sum(parts.values())
+    libraries = LIBRARIES if device == "cpu" else 0
     return {
         "stage": "plan",
-        "variant": f"{case.adapter}-fp32",
+        "variant": f"{case.adapter}-{'fp32' if case.precision == '32-true' else case.precision}",
         **asdict(case),
         "parameters": model_size(model_config(case)).parameters,
         "measured_mib": round(measured / MIB, 1),
         "planned_mib": round(planned / MIB, 1),
         "error": round(planned / measured - 1, 4),
-        "net_error": round((planned - LIBRARIES) / (measured - LIBRARIES) - 1, 4),
+        "net_error": round((planned - libraries) / (measured - libraries) - 1, 4),
         "parts_mib": {name: round(value / MIB, 1) for name, value in parts.items()},
     }
 
 
 def main() -> int:
-    names = [case.name for case in CASES]
+    names = [case.name for case in (*CASES, *GPU_CASES)]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_check", description=__doc__)
     parser.add_argument("--case", action="append", choices=names, help="of these alone (default: all)")
     parser.add_argument("--limit", type=float, default=0.15, help="largest relative error (default %(default)s)")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one run (default %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the results")
     options = parser.parse_args()
-    wrong = 0
-    for case in CASES:
+    device, wrong = options.device, 0
+    for case in CASES if device == "cpu" else GPU_CASES:
         if options.case and case.name not in options.case:
             continue
-        line = record.append("plan_memory", compared(case, measure(case, timeout=options.timeout)))
+        found = compared(case, measure(case, timeout=options.timeout, device=device), device)
+        line = record.append("plan_memory", found, device=device, folder=options.results)
         wrong += abs(line["error"]) > options.limit
         print(
             f"{case.name:<20} {line['parameters'] / 1e6:6.1f}M  measured {line['measured_mib']:6.0f} MiB  planned "

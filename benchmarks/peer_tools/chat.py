@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peer_tools.rows import choose_rows, read_rows, write_rows
+from benchmarks.peer_tools.rows import choose_rows, join_rows, read_rows, write_rows
 
 SMOLLM2_TRAINING = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, help="tokens a row may have; default the upper end of --tokens")
     parser.add_argument("--micro", type=int, default=2, help="rows of a forward pass on ptl's side")
     parser.add_argument("--layout", choices=("packed", "padded"), default="packed", help="of ptl's batches")
+    parser.add_argument("--join", action="store_true", help="put rows together to such of --tokens tokens")
+    parser.add_argument("--compile", action="store_true", help="ptl compiles the layers of its models")
     parser.add_argument("--trl-micro", type=int, help="per_device_train_batch_size; default TRL's 8, or --batch-rows")
     parser.add_argument("--trl-checkpointing", action="store_true", help="TRL's default; off here, which is faster")
     parser.add_argument("--trl-liger", action="store_true", help="Liger's layer kernels (CUDA)")
@@ -49,9 +51,10 @@ def make_spec(args: argparse.Namespace, folder: Path, *, lr: float) -> dict[str,
             raise ValueError(f"--batch-rows {args.batch_rows} is no multiple of {flag} {micro}")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     count = args.batch_rows * args.steps
-    rows, lengths = choose_rows(
-        read_rows(args.rows, args.columns), tokenizer, count=count, tokens=tuple(args.tokens), seed=args.seed
-    )
+    read, tokens = read_rows(args.rows, args.columns), tuple(args.tokens)
+    if args.join:
+        read = join_rows(read, tokenizer, tokens=tokens, seed=args.seed)
+    rows, lengths = choose_rows(read, tokenizer, count=count, tokens=tokens, seed=args.seed)
     template = args.trl_template.read_text(encoding="utf-8") if args.trl_template else SMOLLM2_TRAINING
     check_template(tokenizer, template, [row["messages"] for row in rows])
     path = folder / "rows.jsonl"
@@ -75,6 +78,7 @@ def make_spec(args: argparse.Namespace, folder: Path, *, lr: float) -> dict[str,
         "clip": args.clip,
         "micro": args.micro,
         "layout": args.layout,
+        "compile": args.compile,
         "trl_micro": trl_micro,
         "trl_checkpointing": args.trl_checkpointing,
         "trl_liger": args.trl_liger,

@@ -116,7 +116,7 @@ def check_same_work(pair: Pair) -> None:
                 raise ValueError(f"step {step}: {name} are {our} for ptl and {their} for the peer: no comparison")
 
 
-def compare(pairs: Sequence[Pair], *, warmup: int, dtype: str) -> dict[str, Any]:
+def compare(pairs: Sequence[Pair], *, warmup: int, dtype: str, peak: float | None = None) -> dict[str, Any]:
     """What the pairs say, with every key of a comparison's line that depends on the measurements.
 
     ``ratio`` is our useful tokens a second over the peer's and ``memory_ratio`` our peak over the peer's; both are
@@ -126,6 +126,7 @@ def compare(pairs: Sequence[Pair], *, warmup: int, dtype: str) -> dict[str, Any]
         pairs: at least one.
         warmup: first steps of each run that are left out of times and rates.
         dtype: key of ``Measured.matmul_rates`` that the arithmetic was mostly done in.
+        peak: what the device does at most in that type, FLOP/s, by its maker; None leaves ``mfu`` out.
     """
     for pair in pairs:
         check_same_work(pair)
@@ -156,6 +157,7 @@ def compare(pairs: Sequence[Pair], *, warmup: int, dtype: str) -> dict[str, Any]
             for kind in every[0].matmul_rates
         },
         "share_of_matmul": median(lambda run: _share(run, warmup, dtype), 3),
+        **({} if peak is None else {"mfu": median(lambda run: _rate(run.flops, run.seconds, warmup) / peak, 3)}),
         "losses": _losses(pairs),
         "settings": {name: runs[0].settings for name, runs in sides.items()},
     }

@@ -84,6 +84,11 @@ def weights_of(spec: Mapping[str, Any]) -> Dtype:
     return "bf16" if spec["dtype"] == "bf16" else "fp32"
 
 
+def model_of(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What every model of a run has in common."""
+    return {"dtype": weights_of(spec), "compile": spec.get("compile", False)}
+
+
 def data_of(spec: Mapping[str, Any], folder: Path) -> ChatDataModule:
     """The rows in their order, each step's dealt to its micro-batches."""
     return ChatDataModule(
@@ -145,6 +150,7 @@ def fit(
     shared = {
         "precision": str(trainer.precision),
         "dtype": objective.spec.dtype,
+        "compile": objective.spec.compile,
         "layout": spec["layout"],
         "micro_batch_size": spec["micro"],
         "accumulate_grad_batches": accumulate,

@@ -71,6 +71,25 @@ def choose_rows(
     return chosen, lengths
 
 
+def join_rows(rows: Iterable[Row], tokenizer: Any, *, tokens: tuple[int, int], seed: int) -> list[Row]:
+    """Conversations of several turns, made by putting one after the other while ``tokens[1]`` has room for them.
+
+    What is longer by itself is left out; ``choose_rows`` leaves out what stays shorter than ``tokens[0]``.
+    """
+    shuffled = list(rows)
+    random.Random(seed).shuffle(shuffled)
+    joined: list[Row] = []
+    held: list[dict[str, str]] = []
+    for row in shuffled:
+        longer = [*held, *row["messages"]]
+        length = len(tokenizer.apply_chat_template(longer, tokenize=True, return_dict=False))
+        if held and length > tokens[1]:
+            joined.append({"messages": held})
+            longer = row["messages"]
+        held = longer
+    return [*joined, {"messages": held}] if held else joined
+
+
 def write_rows(path: Path, rows: Sequence[Row]) -> str:
     """Writes a JSONL file and returns the first 16 hex digits of its sha256."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -58,6 +58,7 @@ def fused_linear_cross_entropy(
     z_loss: float = 0.0,
     chunk_tokens: int | None = None,
     metrics: bool = False,
+    compiled: bool = False,
 ) -> FusedLoss:
     """Weighted sum of the cross-entropies of ``softcap(logit_scale * (hidden @ weight.T + bias))``.
 
@@ -82,6 +83,7 @@ def fused_linear_cross_entropy(
         z_loss: coefficient of the squared log-sum-exp (PaLM, arXiv:2204.02311, section 5), >= 0.
         chunk_tokens: tokens of a chunk; None bounds a chunk of logits by ``CHUNK_BYTES``.
         metrics: also the entropy, which costs one more pass over the logits.
+        compiled: where no other option is set, the element-wise work runs in few kernels (``torch.compile``).
 
     Raises:
         ValueError: shapes do not fit, or an option is out of its range.
@@ -105,7 +107,7 @@ def fused_linear_cross_entropy(
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
     optional = [None if t is None else t.to(dtype) for t in (bias, reduced, up)]
     inputs = Inputs(hidden.to(dtype), weight.to(dtype), *optional)
-    options = Options(softcap, logit_scale, label_smoothing, z_loss, chunk_tokens, metrics)
+    options = Options(softcap, logit_scale, label_smoothing, z_loss, chunk_tokens, metrics, compiled)
     weights = loss_weights.detach().to(torch.float64 if dtype == torch.float64 else torch.float32)
     with torch.autocast(device, enabled=False):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):

@@ -15,6 +15,8 @@ about fifteen passes over each logit, two of them ``exp``, on blocks of rows tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -82,6 +84,7 @@ class _Options(NamedTuple):
     vocabulary: int
     chunk_tokens: int | None
     metrics: bool
+    compiled: bool
     softcap: float | None
     logit_scale: float
 
@@ -107,6 +110,7 @@ def fused_divergence(
     vocabulary: int | None = None,
     chunk_tokens: int | None = None,
     metrics: bool = False,
+    compiled: bool = False,
 ) -> FusedDivergence:
     """Weighted sum over tokens of ``(1 - ce) * T**2 * D(teacher, student) + ce * cross-entropy``.
 
@@ -130,6 +134,7 @@ def fused_divergence(
         vocabulary: ids that both sides share, a prefix of each side's; None takes the smaller side's rows.
         chunk_tokens: tokens of a chunk; None bounds a chunk of logits by ``head.CHUNK_BYTES``.
         metrics: also agreement and likelihood, which cost some passes over the logits.
+        compiled: the element-wise work of two live sides runs in few kernels (``torch.compile``).
 
     Raises:
         ValueError: shapes do not fit, or an option is out of range.
@@ -145,7 +150,7 @@ def fused_divergence(
     dtype = autocast or torch.promote_types(student.hidden.dtype, student.weight.dtype)
     learner = student.inputs(dtype)
     weights = loss_weights.detach().to(torch.float64 if dtype == torch.float64 else torch.float32)
-    options = _Options(divergence, ce, shared, chunk_tokens, metrics, student.softcap, student.logit_scale)
+    options = _Options(divergence, ce, shared, chunk_tokens, metrics, compiled, student.softcap, student.logit_scale)
     with torch.autocast(device, enabled=False):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learner):
             total, *rest = _Function.apply(*learner, teacher, targets, weights, autocast, options)
@@ -220,16 +225,16 @@ def _run(
             inside = slice(part.start - start, part.stop - start)
             if isinstance(teacher, Side):
                 assert y_all is not None
-                taught: Tensor | SparseTargets = _capped(y_all[inside], weights.dtype, teacher.softcap)
+                taught: Tensor | SparseTargets = y_all[inside]
+                cap = teacher.softcap
             else:
                 rest = teacher.tail[part], teacher.entropy[part], teacher.whole
+                cap = None
                 taught = SparseTargets(teacher.ids[part], teacher.logprobs[part], *rest)
             part_rows = _Rows(*(None if row is None else row[part] for row in rows))  # pyright: ignore[reportArgumentType]
-            gradient = _block(z[inside], taught, targets[part], weights[part], options, part_rows, any(wanted))
-            if gradient is not None:
-                if bias_sum is not None:
-                    bias_sum.add_(gradient.sum(0))
-                z[inside].copy_(gradient)
+            given = targets[part], weights[part], options, part_rows, any(wanted), bias_sum
+            work = _compiled_block() if options.compiled and dense is not None else _block
+            work(z[inside], taught, cap, *given)
         accumulate(d_cut, learner, here, z)
     if d_cut[2] is not None and bias_sum is not None:
         d_cut[2].copy_(bias_sum)
@@ -257,14 +262,21 @@ def _probabilities(a: Tensor) -> tuple[Tensor, Tensor]:
 def _block(
     z: Tensor,
     teacher: Tensor | SparseTargets,
+    cap: float | None,
     targets: Tensor,
     weights: Tensor,
     options: _Options,
     rows: _Rows,
     gradient: bool,
-) -> Tensor | None:
-    """Losses of a block of rows; the gradient of their weighted sum for the student's unscaled logits, where wanted."""
+    bias_sum: Tensor | None,
+) -> None:
+    """Losses of a block of rows; leaves in ``z`` the gradient of their weighted sum for the student's unscaled logits.
+
+    ``cap`` is the teacher's soft cap, whose logits are overwritten where they have the dtype of the losses.
+    """
     t, ce = options.divergence.temperature, options.ce
+    if isinstance(teacher, Tensor):
+        teacher = _capped(teacher, weights.dtype, cap)
     values = _capped(z, weights.dtype, options.softcap)
     a = values if t == 1 else values / t
     q, log_total = _probabilities(a)
@@ -289,7 +301,7 @@ def _block(
     if rows.agreement is not None:
         rows.agreement.mul_(~bad)
     if not gradient:
-        return None
+        return
     factor = weights * options.logit_scale * ~bad
     d_a.mul_(((1 - ce) * t * factor)[:, None])  # T squared of the loss over the T of a = z / T
     if ce:
@@ -297,7 +309,15 @@ def _block(
         d_a.scatter_add_(1, targets[:, None], (-ce * factor)[:, None])
     if options.softcap is not None:
         d_a.addcmul_(d_a, values.div_(options.softcap).square_(), value=-1)
-    return d_a
+    if bias_sum is not None:
+        bias_sum.add_(d_a.sum(0))
+    if d_a is not z:
+        z.copy_(d_a)
+
+
+@cache
+def _compiled_block() -> Callable[..., None]:
+    return torch.compile(_block)
 
 
 def _likeliest(teacher: Tensor | SparseTargets) -> Tensor:
@@ -315,7 +335,8 @@ def _dense_rows(
         y.div_(divergence.temperature)
     highest = y.amax(-1, keepdim=True)  # NaN where the row holds one
     bad = ~highest.isfinite()
-    if bad.device.type != "cpu" or bool(bad.any()):  # looking at it would hold up a GPU's queue
+    asked = bad.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not asked or bool(bad.any()):  # looking at it would hold up a GPU's queue
         y.masked_fill_(bad, 0.0)
         highest = highest.masked_fill(bad, 0.0)
     torch.maximum(y, highest + FLOOR, out=y)

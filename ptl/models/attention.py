@@ -9,8 +9,9 @@ the same model is ordinary scaled dot-product attention: padded batches, and gen
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +25,12 @@ from transformers.masking_utils import sdpa_mask
 
 from ptl.models.sequence_parallel import SequenceGroup, all_tokens, own_tokens
 
+_TELLS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
 NAME = "ptl_packed"
 """The value of ``attn_implementation``."""
+LONG = 2048
+"""Mean tokens of a document from which on a GPU attends to each in a call of its own."""
 
 
 def packed_inputs(
@@ -76,16 +81,32 @@ def packed_inputs(
         # A mask of four dimensions is handed to the layers as it is, so that no [T, T] mask is made. It has no
         # elements: whatever would use it fails for its shape instead of mixing documents.
         nothing = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=cu_seqlens.device)
-        shared: dict[str, Any] = {} if parents is None else {"document_parents": tuple(parents.tolist())}
-        if sequence is not None:
-            shared["sequence"] = sequence
-        return {**bounds, "document_lengths": known, "attention_mask": nothing, **shared}
+        documents = Documents(known, None if parents is None else tuple(parents.tolist()))
+        shared = {} if sequence is None else {"sequence": sequence}
+        return {**bounds, "documents": documents, "attention_mask": nothing, **shared}
     if implementation is not None and implementation.startswith("flash_attention"):
         return {**bounds, "attention_mask": None}
     raise ValueError(
         f"attention {implementation!r} cannot keep packed documents apart: set policy.attention to packed, sdpa, eager "
         "or flash_attention_2, or data.layout to padded"
     )
+
+
+class Documents:
+    """What the host knows of the documents of a packed row.
+
+    A compiled layer takes an object of a class of its own as it is; of a tuple it would check the length, and so be
+    compiled again for each number of documents.
+
+    Attributes:
+        lengths: of the documents; they sum to T.
+        parents: as ``parents`` of ``packed_inputs``; None where no document goes on from another.
+    """
+
+    __slots__ = ("lengths", "parents")
+
+    def __init__(self, lengths: Sequence[int], parents: Sequence[int] | None = None) -> None:
+        self.lengths, self.parents = lengths, parents
 
 
 def packed_attention(
@@ -102,8 +123,7 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    document_lengths: Sequence[int] | None = None,
-    document_parents: Sequence[int] | None = None,
+    documents: Documents | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     sequence: SequenceGroup | None = None,
@@ -125,8 +145,7 @@ def packed_attention(
         softcap: c of ``c * tanh(score / c)`` (Gemma 2, arXiv:2408.00118); None is none.
         s_aux: [Hq], attention sinks: one more score a head in the softmax's denominator (GPT-OSS); None is none.
         position_bias: added to the scores by some encoders; taken only where documents are not packed.
-        document_lengths: lengths of the packed documents; sums to T.
-        document_parents: as ``parents`` of ``packed_inputs``.
+        documents: the packed documents; None reads their lengths from ``cu_seq_lens_q`` where they are needed.
         cu_seq_lens_q: int32 [documents + 1], the same as bounds; its presence is what says that documents are packed.
         max_length_q: the longest of them.
         sequence: the ranks that share the row, whose T is then this rank's part of the sum of the lengths.
@@ -140,7 +159,7 @@ def packed_attention(
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if cu_seq_lens_q is None and document_lengths is None:
+    if cu_seq_lens_q is None and documents is None:
         if attention_mask is not None and not attention_mask.numel():
             raise ValueError(
                 f"{type(module).__name__} is not told where packed documents end, since its model keeps keyword "
@@ -164,27 +183,27 @@ def packed_attention(
             f"packed documents need one row, no cache, no position bias and causal attention; got queries of shape "
             f"{tuple(query.shape)}, keys of shape {tuple(key.shape)}, causal={causal}: set data.layout to padded"
         )
+    if torch.is_autocast_enabled(query.device.type):
+        # As scaled_dot_product_attention does: rotations have made queries and keys float32.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if sequence is not None:
         query, key, value = all_tokens(query, key, value, sequence)
         s_aux = None if s_aux is None else sequence.own(s_aux, 0)
-    plain = softcap is None and s_aux is None and document_parents is None
+    plain = softcap is None and s_aux is None and (documents is None or documents.parents is None)
+    # The kernels that torch has for one sequence are faster than the one for many, where launching them costs little.
+    long = cu_seq_lens_q is not None and query.shape[2] >= LONG * (cu_seq_lens_q.shape[0] - 1) and documents is not None
+    plain = plain and not (long and sliding_window is None)
     if plain and cu_seq_lens_q is not None and max_length_q is not None and _has_kernel(query, key, value, dropout):
         out = _kernel(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window)
     else:
-        if document_lengths is None and cu_seq_lens_q is not None:
-            document_lengths = cu_seq_lens_q.diff().tolist()
-        documents = Documents(document_lengths or (), document_parents)
+        if documents is None:
+            documents = Documents(cu_seq_lens_q.diff().tolist() if cu_seq_lens_q is not None else ())
         out = _one_by_one(query, key, value, documents, scale, dropout, sliding_window, softcap, s_aux)
     return (out if sequence is None else own_tokens(out, sequence)), None
 
 
-class Documents(NamedTuple):
-    """Lengths of packed documents, and of each the one that it goes on from or -1; None where none does."""
-
-    lengths: Sequence[int]
-    parents: Sequence[int] | None
-
-
+@torch.compiler.disable
 def _one_by_one(
     query: Tensor,
     key: Tensor,
@@ -209,6 +228,10 @@ def _one_by_one(
         if plain:
             masked = beyond or parent >= 0
             mask = _window_mask(q.shape[2], window if beyond else None, q.device, seen) if masked else None
+            groups = q.shape[1] // k.shape[1]
+            if groups > 1 and q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
+                # No kernel of a GPU shares keys among heads there, and without one torch makes all scores.
+                k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
             attended = scaled_dot_product_attention(
                 q, k, v, mask, dropout, mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
@@ -270,8 +293,14 @@ def _has_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bo
         and query.shape[-1] == value.shape[-1] <= 256
         and query.shape[-1] % 8 == 0
         and not dropout
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _has_flash()
     )
+
+
+@torch.compiler.assume_constant_result
+def _has_flash() -> bool:
+    """Whether the current device is Ampere or later."""
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _kernel(
@@ -280,9 +309,9 @@ def _kernel(
     """[1, T, Hq, D]: all documents in one call."""
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     seen = (-1, 0) if window is None else (window - 1, 0)
-    out = varlen_attn(
-        q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=seen, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    # The kernel of torch 2.11 shares keys among heads without being told; later ones want to be told.
+    shared: dict[str, Any] = {"enable_gqa": True} if _TELLS_GQA and q.shape[1] != k.shape[1] else {}
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=seen, **shared)
     return out[None] if isinstance(out, Tensor) else out[0][None]
 
 

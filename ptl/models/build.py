@@ -26,6 +26,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ptl.models.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from ptl.models.adapters import add_lora, gathered
+from ptl.models.compiled import compile_layers
 from ptl.models.export import DTYPES
 from ptl.models.gguf import is_gguf, plain_folder
 from ptl.models.quantize import is_quantized, keep_codes_in_place, quantization_config
@@ -64,6 +65,8 @@ def build(spec: ModelSpec) -> nn.Module:
     if spec.adapter is not None:
         ids = _token_ids(spec, str(model.name_or_path))
         built = add_lora(model, spec.adapter, token_ids=ids, quantized=spec.quantize is not None)
+    if spec.compile:
+        compile_layers(model.get_decoder())
     # Models come from the library in eval mode, where neither dropout nor gradient checkpointing works.
     return built.train()
 

@@ -21,6 +21,7 @@ from ptl.functional.fused_divergence import Side
 from ptl.functional.neftune import neftune_noise
 from ptl.models.attention import NAME as PACKED
 from ptl.models.attention import packed_inputs
+from ptl.models.compiled import is_compiled
 from ptl.models.sequence_parallel import SequenceGroup, filled_row
 from ptl.types import TokenBatch
 
@@ -316,6 +317,7 @@ class HeadLoss(nn.Module):
             low_rank=side.low_rank,
             softcap=side.softcap,
             logit_scale=side.logit_scale,
+            compiled=is_compiled(self._model[0]),
             **options,
         )
 

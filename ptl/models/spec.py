@@ -156,6 +156,8 @@ class ModelSpec:
         attention: ``packed`` (documents that share a row do not see each other, on any device), ``sdpa``, ``eager``,
             or ``flash_attention_2`` (CUDA, fp16 or bf16).
         gradient_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+        compile: join the element-wise work of each layer into few kernels (``torch.compile``), which takes a minute
+            before the first step and needs a C compiler; not under ZeRO-3.
         adapter: LoRA; everything else is frozen then. None trains every weight.
         quantize: keep the frozen linear layers in 4-bit ``nf4`` (QLoRA, arXiv:2305.14314) or 8-bit ``int8``
             (arXiv:2208.07339); a policy also needs ``adapter``, a teacher has none.
@@ -176,6 +178,7 @@ class ModelSpec:
     dtype: Dtype = "fp32"
     attention: Attention = "packed"
     gradient_checkpointing: bool = False
+    compile: bool = False
     adapter: LoRA | None = None
     quantize: Quantization | None = None
     head: Head = "lm"

@@ -248,9 +248,9 @@ class Objective(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         ratio = self.spec.adapter.plus_ratio if self.spec.adapter else None
-        # Lightning refuses to clip for a fused optimizer under autocast, whose kernel may unscale gradients itself.
-        amp = isinstance(self.trainer.precision_plugin, MixedPrecision) and bool(self.trainer.gradient_clip_val)
-        optimizer = self.optimizer_spec.build(self, lora_plus_ratio=ratio, fused=not amp)
+        # A fused optimizer unscales gradients inside its kernel, where clipping comes too late.
+        scaled = _scaler(self.trainer) is not None and bool(self.trainer.gradient_clip_val)
+        optimizer = self.optimizer_spec.build(self, lora_plus_ratio=ratio, fused=not scaled)
         scheduler = self.schedule_spec.build(optimizer, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -260,14 +260,23 @@ class Objective(L.LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips as the trainer would, by the norm of the gradients where a callback has just taken it."""
+        """Clips as the trainer would, by the norm of the gradients where a callback has just taken it.
+
+        Under autocast in bf16, where nothing scales the loss, Lightning refuses a fused optimizer as if something did.
+        """
         norm, self.gradient_norm = self.gradient_norm, None
         by_norm = str(getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm or "norm")) == "norm"
-        if norm is None or not gradient_clip_val or not by_norm:
+        autocast = isinstance(self.trainer.precision_plugin, MixedPrecision) and _scaler(self.trainer) is None
+        if not gradient_clip_val or not (autocast or (norm is not None and by_norm)):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        if not by_norm:
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif norm is None:
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     # ---- checkpoints ----
 
@@ -300,6 +309,11 @@ class Objective(L.LightningModule, ABC):
                 f"the checkpoint lacks {len(missing)} trained parameters, first {missing[0]!r}: it was made with "
                 "another model.policy.adapter or model.policy.name than this run's"
             )
+
+
+def _scaler(trainer: L.Trainer) -> Any:
+    """What scales the loss under autocast in fp16; None in bf16 and without autocast."""
+    return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def _exact(value: float, device: torch.device) -> Tensor:

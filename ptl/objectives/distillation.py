@@ -25,6 +25,7 @@ from ptl.functional.cross_tokenizer import Side as CrossSide
 from ptl.functional.divergence import Divergence
 from ptl.functional.fused_divergence import FusedDivergence, Side, fused_divergence
 from ptl.functional.hidden_match import hidden_match, teacher_layer
+from ptl.models.compiled import is_compiled
 from ptl.models.heads import (
     HeadLoss,
     block_outputs,
@@ -123,6 +124,11 @@ class Distillation(Objective):
         for key, value in (("on_policy", on_policy), ("hidden", hidden)):
             if value is not None and teacher.cache is not None:
                 raise ValueError(f"model.{key} needs a live teacher: remove model.teacher.cache, or model.{key}")
+        if hidden is not None and (policy.compile or (teacher.model is not None and teacher.model.compile)):
+            raise ValueError(
+                "model.hidden reads what is between layers, which a compiled model hides: set compile of "
+                "model.policy and model.teacher.model to false"
+            )
         if cross_tokenizer is not None and (teacher.cache is not None or hidden is not None):
             raise ValueError(
                 "model.cross_tokenizer goes with neither model.teacher.cache nor model.hidden, whose tokens are the "
@@ -287,6 +293,7 @@ class Distillation(Objective):
                 ce=self.ce,
                 vocabulary=self._vocabulary,
                 metrics=self.wants_details,
+                compiled=is_compiled(self.policy),
             )
         total, match = fused.total, None
         if self.hidden is not None:

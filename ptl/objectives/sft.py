@@ -57,6 +57,11 @@ class SFT(Objective):
             raise ValueError(
                 f"model.sequence_parallel {sequence_parallel} needs policy.attention packed, got {policy.attention}"
             )
+        if sequence_parallel > 1 and policy.compile:
+            raise ValueError(
+                f"model.sequence_parallel {sequence_parallel} exchanges tokens inside each layer, which cannot be "
+                "compiled: set policy.compile to false"
+            )
         self.sequence_parallel = sequence_parallel
         self.view = ChatView(ranks=sequence_parallel)
         self._sequence: SequenceGroup | None = None

@@ -97,7 +97,7 @@ class NextLogits:
             made = (
                 few_rows_product(hidden[0], weight) if weight.shape == (logits.shape[1], hidden[0].shape[1]) else None
             )
-            if made is not None and torch.allclose(made, logits, rtol=1e-4, atol=1e-4):
+            if made is not None and torch.allclose(made, logits.to(made.dtype), rtol=1e-4, atol=1e-4):
                 self.weight = weight
         self._asked = True
         return logits, out.past_key_values

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
+from ptl.models.compiled import not_compiled
 from ptl.models.heads import causal_lm
 from ptl.models.modes import evaluating
 from ptl.rollout.engine import Abilities, Asked, Draw, Draws, Engine
@@ -56,7 +57,7 @@ class HFContinuous(Engine):
 
     @contextmanager
     def session(self, policy: nn.Module, strategy: Strategy, version: int) -> Iterator[Draw]:
-        with gathered_forward(strategy), evaluating(policy), _paged_attention(causal_lm(policy)):
+        with gathered_forward(strategy), evaluating(policy), not_compiled(policy), _paged_attention(causal_lm(policy)):
             yield partial(self._draw, policy)
 
     def _draw(self, policy: nn.Module, asked: Sequence[Asked], draws: Draws) -> list[list[Sampled]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ptl.models.compiled import not_compiled
 from ptl.models.heads import causal_lm
 from ptl.rollout.decoding import NextLogits, make_room
 
@@ -92,7 +93,8 @@ def sample(
         K answers for each prompt.
     """
     how = {"stop": stop, "limits": limits, "vocab": vocab, "temperature": temperature, "top_p": top_p, "seed": seed}
-    written, logprobs = _write(model, prompts, numbers, **how, samples=samples, scored_at=scored_at)
+    with not_compiled(model):
+        written, logprobs = _write(model, prompts, numbers, **how, samples=samples, scored_at=scored_at)
     answers = [Sampled(*pair) for pair in zip(written, logprobs)]
     return [answers[begin : begin + samples] for begin in range(0, len(answers), samples)]
 

@@ -55,6 +55,8 @@ def test_ratio_is_the_median_over_pairs_of_rates_after_warm_up():
     assert line["trained_tokens_per_second"]["ptl"] == 150.0
     assert line["share_of_matmul"] == {"ptl": 0.3, "peer": 0.1}
     assert compare(pairs, warmup=1, dtype="bf16")["share_of_matmul"]["ptl"] == 0.075
+    assert "mfu" not in line
+    assert compare(pairs, warmup=1, dtype="bf16", peak=8e12)["mfu"] == {"ptl": 0.037, "peer": 0.013}
 
 
 def test_the_largest_difference_is_over_all_pairs_but_only_the_shown_steps():
@@ -97,6 +99,16 @@ def test_rows_are_chosen_by_rendered_length_in_an_order_of_the_seed(tokenizer):
     assert all(60 <= n <= 200 for n in lengths)
     assert lengths == [len(tokenizer.apply_chat_template(r["messages"], return_dict=False)) for r in chosen]
     assert all(row["messages"][-1]["role"] == "assistant" for row in chosen)
+
+
+def test_joined_rows_fill_what_there_is_and_lose_nothing_but_what_is_too_long(tokenizer):
+    many = [conversation("word " * n) for n in (3, 5, 8, 13, 500, 2, 1, 9, 4)]
+    joined = rows.join_rows(many, tokenizer, tokens=(60, 200), seed=0)
+    size = [len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) for row in joined]
+    assert 1 < len(joined) < len(many) and sum(n > 200 for n in size) <= 1
+    pairs = [m["content"] for row in joined for m in row["messages"] if m["role"] == "user"]
+    assert sorted(pairs) == sorted(row["messages"][0]["content"] for row in many)
+    assert joined == rows.join_rows(many, tokenizer, tokens=(60, 200), seed=0)
 
 
 def test_too_few_rows_name_the_options(tokenizer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.plan_check import CASES, Case, compared, measure, model_config, predict
+from benchmarks.plan_check import CASES, GPU_CASES, Case, compared, measure, model_config, predict
 
 
 def test_the_cases_vary_what_the_plan_depends_on():
@@ -21,6 +21,15 @@ def test_a_line_says_both_errors():
     line = compared(case, int(sum(predict(case).values()) * 1.25))
     assert line["error"] == pytest.approx(-0.2, abs=1e-3) and line["net_error"] < line["error"]
     assert line["parameters"] > 20e6 and model_config(case)["hidden_size"] == case.hidden
+
+
+def test_the_cases_of_a_gpu_are_planned_without_the_drivers_share():
+    assert len(GPU_CASES) >= 8 and {"single", "zero2", "zero3"} <= {case.strategy for case in GPU_CASES}
+    for case in GPU_CASES:
+        parts = predict(case, "cuda")
+        assert "driver and libraries" not in parts and "libraries" not in parts
+        line = compared(case, int(sum(parts.values())), "cuda")
+        assert abs(line["error"]) < 1e-6 and line["net_error"] == line["error"]
 
 
 @pytest.mark.timeout(300)

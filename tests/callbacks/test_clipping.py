@@ -67,3 +67,21 @@ def test_nothing_is_clipped_where_nothing_was_asked(inputs, tmp_path):
     watched, _, objective = fitted(inputs, tmp_path / "watched", Health())
     assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
     assert objective.gradient_norm is None
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("how", ["norm", "value"])
+def test_under_autocast_in_bf16_a_fused_optimizer_clips_as_one_that_is_not(inputs, tmp_path, how, watched):
+    """Nothing scales the loss there, so that there is no reason to refuse it."""
+    limit = 0.1 if how == "norm" else 1e-3
+    options = {"precision": "bf16-mixed", "gradient_clip_val": limit, "gradient_clip_algorithm": how}
+    callbacks = [Health()] if watched else []
+    _, counts, objective = fitted(inputs, tmp_path / how, *callbacks, **options)
+    optimizer = objective.trainer.optimizers[0]
+    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
+    entries = sum(p.numel() for p in objective.policy.parameters())
+    assert len(counts.after) >= 3
+    if how == "norm":
+        assert counts.after == pytest.approx([limit] * len(counts.after), rel=1e-3)
+    else:
+        assert all(0 < norm <= limit * entries**0.5 for norm in counts.after)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptl.functional.cross_entropy import fused_linear_cross_entropy
+from tests.gpu_parts import error, exact_products, on_gpu
 
 N, H, V, R = 7, 5, 11, 2
 
@@ -337,3 +339,65 @@ def test_what_does_not_fit_is_named(change, message):
     given = {"hidden": hidden, "weight": weight, "targets": targets, "loss_weights": loss_weights, **change}
     with pytest.raises(ValueError, match=message):
         fused_linear_cross_entropy(**given)
+
+
+# ---- on a GPU ----
+
+
+def check_exact(
+    device: str, dtype: torch.dtype, chunk: int | None, tolerance: float, *, metrics: bool = False, **options: float
+) -> None:
+    """Loss and gradients on a device against the plain loss in fp64 of the same numbers."""
+    hidden, weight, bias, low_rank, targets, loss_weights = tensors(dtype, n=300, h=64, v=3001)
+    sizes = zip((hidden, weight, bias, *low_rank), (1, 0.2, 0.5, 1, 0.5))
+    leaves = [(t.detach() * size).to(device).requires_grad_() for t, size in sizes]
+    h, w, b, reduced, up = leaves
+    with exact_products():
+        fused = fused_linear_cross_entropy(
+            h, w, targets.to(device), loss_weights.to(device), bias=b, low_rank=(reduced, up), chunk_tokens=chunk,
+            metrics=metrics, **options,
+        )  # fmt: skip
+        got = torch.autograd.grad(fused.total * 0.7, leaves)
+    exact = [t.detach().double().cpu().requires_grad_() for t in leaves]
+    h, w, b, reduced, up = exact
+    reference = plain(h, w, targets, loss_weights.double(), bias=b, low_rank=(reduced, up), **options)
+    wanted = torch.autograd.grad(reference * 0.7, exact)
+    assert fused.total.item() == pytest.approx(reference.item(), rel=tolerance)
+    assert (fused.entropy is not None) == metrics
+    for name, a, e in zip(("hidden", "weight", "bias", "reduced", "up"), got, wanted):
+        assert a.dtype == dtype and error(a, e) < tolerance, name
+
+
+def check_memory(device: str, n: int, v: int, h: int) -> None:
+    """Inputs and gradients apart, far less is held than the logits of all tokens in their own dtype."""
+    g = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(n, h, generator=g, device=device, dtype=torch.bfloat16).requires_grad_()
+    weight = (torch.randn(v, h, generator=g, device=device, dtype=torch.bfloat16) * 0.02).requires_grad_()
+    targets = torch.randint(0, v, (n,), generator=g, device=device)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0
+    loss = fused_linear_cross_entropy(hidden, weight, targets, torch.ones(n, device=device)).total / n
+    loss.backward()
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    gradients = 2 * (hidden.numel() + weight.numel())
+    logits = 2 * n * v
+    assert peak - before - gradients < 0.6 * logits, (peak, before, gradients, logits)
+    assert 0.95 < loss.item() / math.log(v) < 1.1
+    assert all(t.grad is not None and bool(t.grad.isfinite().all()) for t in (hidden, weight))
+
+
+@on_gpu
+@pytest.mark.parametrize("chunk", [64, 128, None])
+@pytest.mark.parametrize(
+    "options", [{}, {"metrics": True}, {"softcap": 2.5}, {"label_smoothing": 0.2, "z_loss": 0.01}], ids=str
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2)], ids=str)
+def test_on_a_gpu_loss_and_gradients_equal_the_plain_loss(dtype, tolerance, options, chunk):
+    check_exact("cuda", dtype, chunk, tolerance, **options)
+
+
+@on_gpu
+def test_on_a_gpu_the_logits_of_all_tokens_never_exist():
+    check_memory("cuda", 8192, 151_936, 1024)

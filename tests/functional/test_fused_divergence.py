@@ -14,6 +14,7 @@ from ptl.functional.cross_entropy import fused_linear_cross_entropy
 from ptl.functional.divergence import Divergence
 from ptl.functional.fused_divergence import Side, fused_divergence
 from ptl.types import SparseTargets
+from tests.gpu_parts import error, exact_products, on_gpu
 
 N, V, HS, HT, R = 13, 37, 8, 12, 3
 KINDS = [
@@ -55,22 +56,22 @@ def obvious(log_p, log_q, d: Divergence):
     return 0.5 * (p - q).abs().sum(-1)
 
 
-def make(dtype=torch.float64, *, grown: bool = False, seed: int = 0):
+def make(dtype=torch.float64, *, grown: bool = False, seed: int = 0, n: int = N, v: int = V):
     """Tensors of both sides; ``grown``: with bias, a LoRA branch, soft caps and scales."""
     gen = torch.Generator().manual_seed(seed)
 
     def rand(*shape):
         return torch.randn(*shape, generator=gen, dtype=torch.float64).to(dtype)
 
-    student = {"hidden": rand(N, HS), "weight": rand(V, HS)}
-    teacher = {"hidden": rand(N, HT), "weight": rand(V + 5, HT)}
+    student = {"hidden": rand(n, HS), "weight": rand(v, HS)}
+    teacher = {"hidden": rand(n, HT), "weight": rand(v + 5, HT)}
     if grown:
-        student |= {"bias": rand(V), "reduced": rand(N, R), "up": rand(V, R)}
-        teacher |= {"bias": rand(V + 5), "reduced": rand(N, R), "up": rand(V + 5, R)}
+        student |= {"bias": rand(v), "reduced": rand(n, R), "up": rand(v, R)}
+        teacher |= {"bias": rand(v + 5), "reduced": rand(n, R), "up": rand(v + 5, R)}
     for tensor in student.values():
         tensor.requires_grad_()
-    targets = torch.randint(0, V, (N,), generator=gen)
-    weights = torch.rand(N, generator=gen, dtype=torch.float64).to(dtype)
+    targets = torch.randint(0, v, (n,), generator=gen)
+    weights = torch.rand(n, generator=gen, dtype=torch.float64).to(dtype)
     return student, teacher, targets, weights
 
 
@@ -88,7 +89,8 @@ def logits(tensors, *, grown: bool):
 
 
 def naive(student, teacher, targets, weights, divergence, ce, *, grown=False):
-    z, y = logits(student, grown=grown), logits(teacher, grown=grown)[:, :V]
+    z = logits(student, grown=grown)
+    y = logits(teacher, grown=grown)[:, : z.shape[1]]
     t = divergence.temperature
     value = obvious((y / t).log_softmax(-1), (z / t).log_softmax(-1), divergence)
     nll = -z.log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -469,3 +471,68 @@ def test_errors_say_what_and_where():
     with pytest.raises(ValueError, match="partitioned by ZeRO-3"):
         fused_divergence(side(student, grown=False), Side(teacher["hidden"], torch.zeros(0)), targets, weights,
                          divergence=Divergence())  # fmt: skip
+
+
+# ---- on a GPU ----
+
+
+def check_exact(device: str, base: Divergence, *, grown: bool) -> None:
+    """fp32 on a device against the naive loss in fp64 of the same numbers, with a share of cross-entropy."""
+    divergence = Divergence(kind=base.kind, beta=base.beta, skew=base.skew, temperature=2.0)
+    student, teacher, targets, weights = make(torch.float32, grown=grown, n=200, v=3001)
+    learner = {k: t.detach().to(device).requires_grad_() for k, t in student.items()}
+    taught = {k: t.to(device) for k, t in teacher.items()}
+    with exact_products():
+        fused = fused_divergence(
+            side(learner, grown=grown), side(taught, grown=grown), targets.to(device), weights.to(device),
+            divergence=divergence, ce=0.3, vocabulary=3001, chunk_tokens=64, metrics=True,
+        )  # fmt: skip
+        got = torch.autograd.grad(fused.total, list(learner.values()))
+    exact = {k: t.detach().double().requires_grad_() for k, t in student.items()}
+    double = {k: t.double() for k, t in teacher.items()}
+    expected = naive(exact, double, targets, weights.double(), divergence, 0.3, grown=grown)
+    wanted = torch.autograd.grad(expected, list(exact.values()))
+    assert fused.total.item() == pytest.approx(expected.item(), rel=1e-5) and float(fused.bad) == 0
+    for key, a, b in zip(student, got, wanted):
+        # The slope of the total variation jumps where p and q are equal.
+        assert error(a, b) < (1e-2 if base.kind == "total_variation" else 1e-4), key
+
+
+def check_kept(device: str, divergence: Divergence) -> None:
+    """A teacher of whom some ids are kept, of which one row is bad."""
+    student, teacher, targets, weights = make(torch.float32, n=200, v=3001)
+    y = logits({k: t.double() for k, t in teacher.items()}, grown=False)[:, :3001]
+    kept = top_k(y, 50)
+    exact = {k: t.detach().double().requires_grad_() for k, t in student.items()}
+    p = torch.cat([kept.logprobs, kept.tail[:, None]], 1)
+    q = buckets(logits(exact, grown=False).log_softmax(-1), kept.ids)
+    rows = weights.double() * obvious(p, q, divergence)
+    expected = rows.sum() - rows[3]
+    wanted = torch.autograd.grad(expected, list(exact.values()))
+    ids = kept.ids.clone()
+    ids[3] = -1
+    logprobs, tail, entropy = (t.float().to(device) for t in (kept.logprobs, kept.tail, kept.entropy))
+    on_device = SparseTargets(ids.to(device), logprobs, tail, entropy)
+    learner = {k: t.detach().to(device).requires_grad_() for k, t in student.items()}
+    with exact_products():
+        fused = fused_divergence(
+            side(learner, grown=False), on_device, targets.to(device), weights.to(device), divergence=divergence,
+            chunk_tokens=64,
+        )  # fmt: skip
+        got = torch.autograd.grad(fused.total, list(learner.values()))
+    assert fused.total.item() == pytest.approx(expected.item(), rel=1e-5) and float(fused.bad) == 1
+    for key, a, b in zip(student, got, wanted):
+        assert error(a, b) < (1e-2 if divergence.kind == "total_variation" else 3e-4), key
+
+
+@on_gpu
+@pytest.mark.parametrize("grown", [False, True])
+@pytest.mark.parametrize("base", KINDS, ids=name)
+def test_on_a_gpu_loss_and_every_gradient_equal_the_naive_loss(base, grown):
+    check_exact("cuda", base, grown=grown)
+
+
+@on_gpu
+@pytest.mark.parametrize("divergence", KINDS, ids=name)
+def test_on_a_gpu_kept_ids_and_tail_equal_the_divergence_of_the_buckets(divergence):
+    check_kept("cuda", divergence)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ptl.data.batches import collate_tokens, spans_of
-from ptl.models.attention import packed_attention
+from ptl.models.attention import Documents, packed_attention
 from ptl.models.heads import lm_loss
 from ptl.models.sequence_parallel import SequenceGroup, filled_row, join_group
 from tests.callbacks.syncs import Waits
@@ -48,7 +48,7 @@ def attention(
     if sinks:
         options["s_aux"] = torch.randn(many, dtype=torch.float64).requires_grad_()
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
-    how = {"cu_seq_lens_q": bounds, "document_lengths": LENGTHS, "max_length_q": max(LENGTHS), **options}
+    how = {"cu_seq_lens_q": bounds, "documents": Documents(LENGTHS), "max_length_q": max(LENGTHS), **options}
     layer = nn.Identity()
     plain = [t.clone().requires_grad_() for t in whole]
     expected, _ = packed_attention(layer, *plain, None, is_causal=True, **how)

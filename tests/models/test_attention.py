@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptl.models.attention import NAME as PACKED
-from ptl.models.attention import packed_attention, packed_inputs
+from ptl.models.attention import Documents, packed_attention, packed_inputs
 from ptl.models.heads import hidden_states
 from ptl.models.selfcheck import check_model, packing_leak
 from tests.models import zoo
@@ -225,10 +225,10 @@ def test_refusals():
         packed_inputs("flex_attention", torch.tensor([0, 3], dtype=torch.int32))
     query = torch.zeros(2, 4, 6, 8)
     with pytest.raises(ValueError, match=r"need one row, no cache.*\(2, 4, 6, 8\)"):
-        packed_attention(torch.nn.Identity(), query, query, query, None, document_lengths=(6,))
+        packed_attention(torch.nn.Identity(), query, query, query, None, documents=Documents((6,)))
     with pytest.raises(ValueError, match=r"causal=False.*data\.layout to padded"):
         packed_attention(
-            torch.nn.Identity(), query[:1], query[:1], query[:1], None, is_causal=False, document_lengths=(6,)
+            torch.nn.Identity(), query[:1], query[:1], query[:1], None, is_causal=False, documents=Documents((6,))
         )
     batch = zoo.packed(zoo.documents())
     with pytest.raises(ValueError, match="StableLmAttention is not told where packed documents end"):
@@ -246,12 +246,15 @@ def test_the_kernel_of_cuda_equals_single_documents(name):
     model = zoo.make(name).to("cuda", torch.bfloat16)
     docs = zoo.documents((5, 90, 1, 33))
     batch = zoo.packed(docs)
-    batch = batch._replace(**{k: v.cuda() for k, v in batch._asdict().items() if isinstance(v, Tensor)})
+    batch = batch.on("cuda")
     exact = zoo.make(name)
+    rounded = zoo.make(name).to("cuda", torch.bfloat16)
     got, expected = hidden_states(model, batch), alone(exact, docs)
-    close(got.float().cpu(), expected, tolerance=0.05)
-    got.float().square().sum().backward()
-    expected.square().sum().backward()
-    for a, b in zip(model.parameters(), exact.parameters()):
-        if b.grad is not None:
-            assert (a.grad.float().cpu() - b.grad).norm() < 0.05 * b.grad.norm() + 1e-3
+    singly = torch.cat([hidden_states(rounded, zoo.padded([doc]).on("cuda")) for doc in docs], 1)
+    # What 16 bits cost the documents one by one is the measure of what they may cost a pack.
+    assert (got.float().cpu() - expected).norm() < 1.5 * (singly.float().cpu() - expected).norm()
+    for states in (got, singly, expected):
+        states.float().square().sum().backward()
+    for a, b, c in zip(model.parameters(), rounded.parameters(), exact.parameters()):
+        if c.grad is not None:
+            assert (a.grad.float().cpu() - c.grad).norm() < 1.5 * (b.grad.float().cpu() - c.grad).norm() + 1e-3

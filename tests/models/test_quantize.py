@@ -1,17 +1,23 @@
 """Quantised bases: training on them, what an evaluation must not change, and the way back to floats."""
 
 import json
+import math
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ptl.data.module import ChatDataModule, Preparation
+from ptl.data.sources import Source
 from ptl.models.adapters import adapter_disabled
 from ptl.models.build import load_base
 from ptl.models.export import export, largest_logit_change
+from ptl.models.optimizer import Optimizer, Schedule
 from ptl.models.quantize import dequantize_state, is_quantized, quantization_config
 from ptl.models.spec import LoRA, ModelSpec
+from ptl.objectives.lora import LoRASFT
 from tests import tiny
+from tests.gpu_parts import fit_here, on_gpu
 
 DOCUMENTS = [[5, 9, 20, 33, 41, 7], [100, 101, 3, 11]]
 
@@ -127,3 +133,30 @@ def test_trap_sft_12_merging_is_onto_the_base_that_was_trained_on(folder, tokeni
 def test_codes_without_their_scales_are_an_error():
     with pytest.raises(ValueError, match="no scales"):
         dequantize_state({"a.weight": torch.zeros(4, 1, dtype=torch.uint8)})
+
+
+# ---- on a GPU ----
+
+
+def check_fit(kind, accelerator, precision, tmp_path) -> None:
+    """Five steps of LoRA on the same two rows over and over; the codes stay as they are."""
+    tiny.save_folder(tmp_path / "model", tiny.make_tokenizer(), hidden=128, seed=3)
+    chat = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "The answer is 4."}]
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 10)
+    torch.manual_seed(0)
+    spec = ModelSpec(name=str(tmp_path / "model"), dtype="bf16", quantize=kind, adapter=LoRA(rank=8, dtype="fp32"))
+    objective = LoRASFT(spec, optimizer=Optimizer(lr=3e-3), schedule=Schedule(kind="constant", warmup=0))
+    preparation = Preparation(cache_dir=str(tmp_path / "cache"), num_proc=1)
+    rows = [Source(path=str(tmp_path / "rows.jsonl"))]
+    data = ChatDataModule(rows, max_length=128, micro_batch_size=2, preparation=preparation)
+    data.bind(view=objective.view, tokenizer=objective.spec.name)
+    losses = fit_here(objective, data, tmp_path, accelerator, precision=precision, gradient_clip_val=1.0)
+    assert is_quantized(objective.policy)
+    assert len(losses) == 5 and all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0] - 0.05, losses
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_an_adapter_on_a_quantised_base_trains_on_a_gpu(kind, tmp_path):
+    check_fit(kind, "gpu", "bf16-mixed", tmp_path)

@@ -11,6 +11,16 @@ from ptl.rollout.sampling import BLOCK, draw, draw_one
 from tests import tiny
 
 
+def test_a_head_under_autocast_keeps_its_own_product():
+    """The logits of 16 bits are not those of the product in float32, which is then not put in their place."""
+    model = tiny.make_model(410, seed=3, initializer_range=0.3).eval()
+    forward, ids = NextLogits(model), torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(input_ids=ids).logits[:, -1]
+        got = forward(input_ids=ids, past_key_values=None)[0]
+    assert got.dtype == torch.bfloat16 and torch.equal(got, expected)
+
+
 def decoded(model, ids, steps):
     """Logits of the last ``steps`` tokens of ids [N, T], one call a token."""
     forward, first, found = NextLogits(model), ids.shape[1] - steps, []

@@ -15,10 +15,10 @@ from ptl.objectives.distillation import Distillation
 
 def objective_of(spec: Mapping[str, Any]) -> Distillation:
     """The objective by its public arguments; the teacher's weights have the student's type, as on the peer's side."""
-    dtype = lightning_run.weights_of(spec)
+    how = lightning_run.model_of(spec)
     return Distillation(
-        policy=ModelSpec(name=spec["student"], dtype=dtype),
-        teacher=Teacher(model=ModelSpec(name=spec["teacher"], dtype=dtype)),
+        policy=ModelSpec(name=spec["student"], **how),
+        teacher=Teacher(model=ModelSpec(name=spec["teacher"], **how)),
         divergence=Divergence(kind="forward_kl"),
         **lightning_run.rates_of(spec),
     )

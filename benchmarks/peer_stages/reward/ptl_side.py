@@ -18,7 +18,7 @@ def objective_of(spec: Mapping[str, Any]) -> RewardModeling:
     """The objective by its public arguments."""
     adapter = LoRA(rank=16, alpha=32) if spec["adapter"] == "lora" else None
     return RewardModeling(
-        ModelSpec(name=spec["scored"], dtype=lightning_run.weights_of(spec), adapter=adapter),
+        ModelSpec(name=spec["scored"], adapter=adapter, **lightning_run.model_of(spec)),
         share_prompt=spec["share_prompt"],
         **lightning_run.rates_of(spec),
     )

@@ -15,7 +15,7 @@ from ptl.objectives.sft import SFT
 def objective_of(spec: Mapping[str, Any]) -> SFT:
     """The objective by its public arguments."""
     adapter = LoRA(rank=16, alpha=32, dtype=spec["lora_dtype"]) if spec["adapter"] == "lora" else None
-    policy = ModelSpec(name=spec["model"], dtype=lightning_run.weights_of(spec), adapter=adapter)
+    policy = ModelSpec(name=spec["model"], adapter=adapter, **lightning_run.model_of(spec))
     return (LoRASFT if adapter else SFT)(policy, **lightning_run.rates_of(spec))
 
 
