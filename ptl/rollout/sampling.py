@@ -60,7 +60,8 @@ def generate(
         seed: of the draws.
     """
     how = {"stop": stop, "limits": limits, "vocab": vocab, "temperature": temperature, "seed": seed}
-    return _write(model, prompts, numbers, **how, top_p=1.0, samples=1, scored_at=None)[0]
+    with not_compiled(model):
+        return _write(model, prompts, numbers, **how, top_p=1.0, samples=1, scored_at=None)[0]
 
 
 def sample(

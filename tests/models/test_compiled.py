@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch._dynamo.utils import counters
 
 from ptl.functional.divergence import Divergence
 from ptl.functional.fused_divergence import Side, fused_divergence
@@ -100,8 +101,10 @@ def fitted(folder: Path, name: str, compiled: bool, lora: bool) -> tuple[list[fl
     trainer = law.trainer_of(str(folder / name), "auto", 1, 2, callbacks=[losses])
     trainer.fit(objective, datamodule=data)
     assert is_compiled(objective.policy) == compiled
+    counters.clear()
     told = {"stop": [], "limits": [12, 12], "vocab": 300, "temperature": 0.0, "seed": 0}
     said = generate(objective.policy.eval(), [[5, 9, 20], [33, 41]], [0, 1], **told)
+    assert not counters["frames"]["total"]  # a growing cache compiles nothing
     return losses.seen, said
 
 

@@ -283,8 +283,8 @@ def test_importance_counts_each_real_token_once_however_the_batches_are_cut():
 
 @pytest.mark.parametrize(
     ("adapter", "quantize"),
-    [(None, None), (LoRA(rank=4), None), (LoRA(rank=4), "nf4")],
-    ids=["full", "lora", "nf4"],
+    [(None, None), (LoRA(rank=4), None), (LoRA(rank=4), "nf4"), (LoRA(rank=4), "int8")],
+    ids=["full", "lora", "nf4", "int8"],
 )
 def test_law_9_a_student_built_from_a_spec_trains_and_is_exported(adapter, quantize, folder, tmp_path):
     tokenizer = tiny.make_tokenizer()
@@ -301,7 +301,8 @@ def test_law_9_a_student_built_from_a_spec_trains_and_is_exported(adapter, quant
     assert losses[-1] < losses[0]
     again = AutoModelForCausalLM.from_pretrained(export(model, tokenizer, tmp_path / "out"))
     assert again.config.num_hidden_layers == 2
-    assert largest_logit_change(model, again, [IDS[0].tolist()]) < 1e-4
+    # In int8 the activations are rounded too, which what is exported does without.
+    assert largest_logit_change(model, again, [IDS[0].tolist()]) < (0.05 if quantize == "int8" else 1e-4)
     if adapter is not None:
         with pytest.raises(ValueError, match="random_init, config_overrides or shrink"):
             export(model, tokenizer, tmp_path / "adapter", merged=False, spec=spec)
