@@ -203,7 +203,7 @@ def packed_attention(
     return (out if sequence is None else own_tokens(out, sequence)), None
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def _one_by_one(
     query: Tensor,
     key: Tensor,
