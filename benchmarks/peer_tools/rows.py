@@ -74,7 +74,7 @@ def choose_rows(
 def join_rows(rows: Iterable[Row], tokenizer: Any, *, tokens: tuple[int, int], seed: int) -> list[Row]:
     """Conversations of several turns, made by putting one after the other while ``tokens[1]`` has room for them.
 
-    What is longer by itself is left out; ``choose_rows`` leaves out what stays shorter than ``tokens[0]``.
+    A row that is longer by itself stays alone, and the last may stay short: ``choose_rows`` leaves both out.
     """
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)

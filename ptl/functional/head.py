@@ -171,9 +171,7 @@ def _loss_rows(
         rows.loss.copy_(nll)
         rows.nll.copy_(nll)
         rows.correct.copy_(correct)
-        return None
-    if z.device.type == "cuda" and options.plain and z.dtype != weights.dtype:
-        return _plain_rows(z, targets, weights, scratch[0][: len(z)], rows, gradient, bias_sum)
+        return
     free = iter(scratch)
     values = z if z.dtype == weights.dtype else next(free)[: len(z)].copy_(z)
     if options.softcap is not None:
@@ -205,30 +203,6 @@ def _loss_rows(
         bias_sum.add_(p.sum(0))
     if p is not z:
         z.copy_(p)
-
-
-def _plain_rows(
-    z: Tensor, targets: Tensor, weights: Tensor, p: Tensor, rows: Rows, gradient: bool, bias_sum: Tensor | None
-) -> None:
-    """``_loss_rows`` of 16 bits on a GPU without options, in half of its passes over memory.
-
-    The logits are widened inside the softmax and the gradient is narrowed inside the product that makes it; what is
-    taken from the target's entry is taken before it is narrowed.
-    """
-    index = targets[:, None]
-    highest, picked = z.amax(-1).to(p.dtype), z.gather(1, index)[:, 0].to(p.dtype)
-    torch.softmax(z, -1, dtype=p.dtype, out=p)
-    lse = highest - p.amax(-1).log_()
-    torch.sub(lse, picked, out=rows.nll)
-    torch.ge(picked, highest, out=rows.correct)
-    rows.loss.copy_(rows.nll)
-    if not gradient:
-        return
-    own = (p.gather(1, index) - 1) * weights[:, None]
-    torch.mul(p, weights[:, None], out=z)
-    z.scatter_(1, index, own.to(z.dtype))
-    if bias_sum is not None:
-        bias_sum.add_(z.sum(0, dtype=bias_sum.dtype))
 
 
 @cache

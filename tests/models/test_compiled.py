@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from ptl.functional.divergence import Divergence
 from ptl.functional.fused_divergence import Side, fused_divergence
-from ptl.functional.head import Options, Rows, _loss_rows, _plain_rows, fusible_rows
+from ptl.functional.head import Options, Rows, _loss_rows, fusible_rows
 from ptl.models.compiled import compile_layers, is_compiled
 from ptl.models.spec import LoRA, ModelSpec
 from ptl.models.teachers import Teacher
@@ -31,20 +31,18 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("biased", [True, False])
-def test_every_way_of_a_block_of_rows_gives_the_same_losses_and_gradients(dtype, biased):
-    """The passes for a GPU and those for a compiler, as written, beside the plain ones."""
+def test_both_ways_of_a_block_of_rows_give_the_same_losses_and_gradients(dtype, biased):
+    """The passes for a compiler, as written, beside the plain ones."""
     torch.manual_seed(0)
     logits, weights = torch.randn(29, 500).mul(5).to(dtype), torch.rand(29)
     targets = torch.randint(0, 500, (29,))
     targets[:9] = logits[:9].float().argmax(-1)
     results = []
-    for way in ("plain", "gpu", "compiler"):
+    for way in ("plain", "compiler"):
         z, bias = logits.clone(), torch.zeros(500) if biased else None
         rows = Rows(torch.empty(29), torch.empty(29), torch.empty(29, dtype=torch.bool), None)
         if way == "plain":
             _loss_rows(z, targets, weights, PLAIN, [torch.empty(29, 500)], rows, True, bias)
-        elif way == "gpu":
-            _plain_rows(z, targets, weights, torch.empty(29, 500), rows, True, bias)
         else:
             nll, correct = fusible_rows(z, targets, weights, True, bias)
             rows = Rows(nll, nll, correct, None)
@@ -76,10 +74,9 @@ def test_what_cannot_be_compiled_is_refused(tmp_path, folder, monkeypatch):
 
 
 def test_a_compiled_model_has_the_names_of_a_plain_one(folder):
-    for adapter in (None, LoRA(rank=2)):
-        plain, compiled = (
-            ModelSpec(name=f"{folder}/model", adapter=adapter, compile=on).build() for on in (False, True)
-        )
+    for head, adapter in (("lm", None), ("lm", LoRA(rank=2)), ("scalar", None), ("scalar", LoRA(rank=2))):
+        spec = ModelSpec(name=f"{folder}/model", adapter=adapter, head=head)
+        plain, compiled = spec.build(), dataclasses.replace(spec, compile=True).build()
         assert is_compiled(compiled) and not is_compiled(plain)
         assert list(plain.state_dict()) == list(compiled.state_dict())
 
