@@ -1,26 +1,30 @@
-"""Low-rank adapters: wrapping, training, saving and loading them. The only place that knows peft."""
+"""Low-rank adapters: wrapping, training, saving and loading them. The only place that knows peft.
+
+peft is imported where an adapter is made or loaded: with bitsandbytes behind it, its import takes a sixth of the time
+that a command needs to start, and a model without adapters never needs it.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.utils import set_additional_trainable_modules
-from peft.utils.integrations import gather_params_ctx
-from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ptl.models.merge import ADAPTER, MergedLayer, merge
 from ptl.models.spec import CHANGES_BASE, LoRA
 from ptl.models.zero3 import zero3_hidden
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from typing_extensions import TypeIs
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -42,6 +46,8 @@ def add_lora(model: nn.Module, lora: LoRA, *, token_ids: Sequence[int] = (), qua
     Raises:
         ValueError: a target or module that the model does not have, or that cannot be adapted.
     """
+    from peft import LoraConfig, get_peft_model
+
     _check_targets(model, lora)
     rows = _trained_rows(model, token_ids)
     save_modules, ensure_tying = _saved_modules(model, lora)
@@ -80,6 +86,9 @@ def add_lora(model: nn.Module, lora: LoRA, *, token_ids: Sequence[int] = (), qua
 
 def _train_rows_under_zero3(wrapped: PeftModel, config: LoraConfig, rows: Any) -> None:
     """Has rows trained of matrices that ZeRO-3 may have sharded: they are whole while peft copies the rows."""
+    from peft import LoraConfig
+    from peft.utils import set_additional_trainable_modules
+
     base: Any = wrapped.get_base_model()
     only_rows = LoraConfig(trainable_token_indices=rows)
     matrices = [p for name in rows for p in base.get_submodule(name).parameters()]
@@ -94,20 +103,26 @@ def _copy_of_ab(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().cpu().clone() for name, p in named if ".lora_A." in name or ".lora_B." in name}
 
 
-def is_adapted(model: nn.Module) -> bool:
+def is_adapted(model: nn.Module) -> TypeIs[PeftModel]:
     """Whether ``add_lora`` or ``load_adapter`` made this model."""
-    return isinstance(model, PeftModel)
+    peft = sys.modules.get("peft")  # imported by whatever has made an adapted model
+    return peft is not None and isinstance(model, peft.PeftModel)
 
 
 def base_model(model: nn.Module) -> Any:
     """The Hugging Face model inside, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return model.get_base_model() if is_adapted(model) else model
 
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Inside, parameters that ZeRO-3 has sharded are whole on every rank, to be read; others are left as they are."""
-    with gather_params_ctx(list(parameters), modifier_rank=None):
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None):
         yield
 
 
@@ -189,7 +204,7 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: there is no adapter, or its initialisation changed the base.
     """
-    if not isinstance(model, PeftModel):
+    if not is_adapted(model):
         raise ValueError("a model without an adapter cannot be its own reference: set policy.adapter")
     init = model.peft_config[ADAPTER].init_lora_weights  # pyright: ignore[reportAttributeAccessIssue]
     if init in CHANGES_BASE:
@@ -208,6 +223,9 @@ def merged_state(
 
     ``model`` is not changed and tells only the layout, so it may be sharded, quantised or in training.
     """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import TrainableTokensWrapper
+
     layers: dict[str, MergedLayer] = {}
     rows: dict[str, list[int]] = {}
     for name, module in base_model(model).named_modules():
@@ -235,6 +253,8 @@ def adapter_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -
         model: an adapted model.
         state: its state dict gathered from all ranks; trainable entries are enough. ``model``'s own by default.
     """
+    from peft import get_peft_model_state_dict
+
     saved = get_peft_model_state_dict(
         model, state_dict=None if state is None else dict(state), adapter_name=ADAPTER, save_embedding_layers=False
     )
@@ -254,7 +274,7 @@ def adapter_config(model: nn.Module, base: str) -> dict[str, Any]:
         model: an adapted model.
         base: name or folder of the base that the adapter is loaded on.
     """
-    assert isinstance(model, PeftModel)
+    assert is_adapted(model)
     config = model.peft_config[ADAPTER].to_dict()
     config.update(base_model_name_or_path=base, inference_mode=True)
     if config["init_lora_weights"] in CHANGES_BASE:
@@ -278,6 +298,8 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     Raises:
         ValueError: no safetensors weights there, or an adapter of other shapes.
     """
+    from peft import PeftModel
+
     if not (folder / WEIGHTS_FILE).is_file():
         raise ValueError(f"{folder} has no {WEIGHTS_FILE}; pickled adapters (adapter_model.bin) are refused")
     try:

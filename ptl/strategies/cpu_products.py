@@ -15,12 +15,14 @@ from torch.utils._pytree import tree_map
 SLOW_BF16 = 4.0
 """How many times slower than float32 a CPU may be in bf16 before something is done; one with bf16 instructions is
 faster."""
+BLOCK = 4 << 20
+"""Numbers that are held in fp32 at a time of a factor or a result with more: a head has tens of millions."""
 _aten = torch.ops.aten
 _ALL = (0, 1, 2)
+_MM = (_aten.mm.default, _aten.mm.out)
+_ADDMM = (_aten.addmm.default, _aten.addmm.out, _aten.addmm_.default)
 # What torch computes on such a CPU without vector instructions, and which of its results have its arguments' type.
 _PRODUCTS: dict[Any, tuple[int, ...]] = {
-    _aten.mm.default: _ALL,
-    _aten.addmm.default: _ALL,
     _aten.bmm.default: _ALL,
     _aten.baddbmm.default: _ALL,
     _aten.mv.default: _ALL,
@@ -48,6 +50,11 @@ class WideProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _MM or func in _ADDMM:
+            out = args[0] if func is _aten.addmm_.default else kwargs.get("out")
+            if all(_narrow(factor) for factor in (*args, out) if factor is not None):
+                added = args[0] if func in _ADDMM else None
+                return _product(*args[-2:], added, kwargs.get("beta", 1), kwargs.get("alpha", 1), out)
         rounded = _PRODUCTS.get(func)
         if rounded is None or not any(_narrow(value) for value in args):
             return func(*args, **kwargs)
@@ -55,6 +62,42 @@ class WideProducts(TorchDispatchMode):
         if isinstance(result, Tensor):
             return result.bfloat16()
         return tuple(part.bfloat16() if i in rounded and _wide32(part) else part for i, part in enumerate(result))
+
+
+def _product(
+    left: Tensor, right: Tensor, added: Tensor | None, beta: float, alpha: float, out: Tensor | None
+) -> Tensor:
+    """``out``, or a new tensor, with ``beta * added + alpha * left @ right`` in it; the longest side goes by blocks."""
+    (m, k), n = left.shape, right.shape[1]
+    out = left.new_empty(m, n) if out is None else out
+    added = None if added is None or beta == 0 else added.expand(m, n)  # with 0 it may hold anything
+
+    def finish(product: Tensor, rows: slice, columns: slice) -> None:
+        if alpha != 1:
+            product.mul_(alpha)
+        if added is not None:
+            product.add_(added[rows, columns], alpha=beta)
+        out[rows, columns].copy_(product)
+
+    everything = slice(None)
+    step = max(1, BLOCK * max(m, k, n) // max(m * k, k * n, m * n, 1))
+    if k > max(m, n):
+        total = left.new_zeros(m, n, dtype=torch.float32)
+        for start in range(0, k, step):
+            part = slice(start, start + step)
+            total.addmm_(left[:, part].float(), right[part].float())
+        finish(total, everything, everything)
+    elif n > m:
+        wide = left.float()
+        for start in range(0, n, step):
+            columns = slice(start, start + step)
+            finish(wide @ right[:, columns].float(), everything, columns)
+    else:
+        wide = right.float()
+        for start in range(0, m, step):
+            rows = slice(start, start + step)
+            finish(left[rows].float() @ wide, rows, everything)
+    return out
 
 
 def _narrow(value: Any) -> bool:

@@ -79,8 +79,14 @@ def test_the_echo_task_is_learned_from_random_weights(echo, seed):
     )
     data = rl.data_of(str(echo), objective.view, micro=16, layout="padded")
     watch = rl.watch("train/reward", "train/ratio")
+
+    class StopOnceLearned(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            last = [reward for reward, _ in watch.rows[-10:]]
+            trainer.should_stop = len(last) == 10 and sum(last) > 8.5
+
     options = {"max_epochs": -1, "max_steps": 200, "gradient_clip_val": 1.0}
-    trainer = law.trainer_of(str(echo), "auto", 1, 1, callbacks=[watch], **options)
+    trainer = law.trainer_of(str(echo), "auto", 1, 1, callbacks=[watch, StopOnceLearned()], **options)
     trainer.fit(objective, datamodule=data)
     rewards = [reward for reward, _ in watch.rows]
     assert rewards[0] < 0.2 and sum(rewards[-10:]) / 10 > 0.8

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from ptl.strategies import cpu_products
 from ptl.strategies.cpu_products import SLOW_BF16, WideProducts, bf16_slowdown, computes_in_bf16, fast_bf16
 from tests import tiny
 
@@ -87,6 +89,79 @@ def test_a_model_trains_as_without(how):
         mine, own = run()
     assert mine == pytest.approx(loss, rel=2e-3)
     assert (own - gradient).norm() / gradient.norm() < 0.02
+
+
+SHAPES = {"rows": (4096, 48, 40), "columns": (40, 48, 4096), "sum": (40, 4096, 48)}
+
+
+@pytest.mark.parametrize("form", ["mm", "mm_out", "addmm_out", "addmm_", "addmm_of_nothing"])
+@pytest.mark.parametrize("longest", SHAPES)
+def test_a_long_product_goes_by_blocks_and_writes_where_it_is_told(longest, form, monkeypatch):
+    monkeypatch.setattr(cpu_products, "BLOCK", 1 << 15)
+    m, k, n = SHAPES[longest]
+    left, right, added = draw(k, m, seed=1).t(), draw(k, n, seed=2), draw(m, n, seed=3)
+    exact = left.double() @ right.double()
+    if form.startswith("addmm"):
+        exact = 0.5 * exact if form.endswith("nothing") else 0.5 * exact + 2 * added.double()
+    out = added.clone().fill_(torch.nan) if form.endswith("nothing") else added.clone()
+    widest = Widest()
+    with widest, WideProducts():
+        if form == "mm":
+            out = torch.mm(left, right)
+        elif form == "mm_out":
+            torch.mm(left, right, out=out)
+        elif form == "addmm_out":
+            torch.addmm(added, left, right, beta=2, alpha=0.5, out=out)
+        else:
+            out.addmm_(left, right, beta=0 if form.endswith("nothing") else 2, alpha=0.5)
+    assert out.dtype == torch.bfloat16
+    assert torch.all((out.double() - exact).abs() <= UNIT * exact.abs() * 1.01 + 1e-4)
+    assert 0 < widest.numbers <= 2 * (1 << 15)
+
+
+class Widest(TorchDispatchMode):
+    """The most numbers of an fp32 tensor that is made while it is entered."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+def test_the_fused_loss_trains_as_without():
+    from ptl.functional.cross_entropy import fused_linear_cross_entropy
+
+    def run() -> tuple[float, torch.Tensor, torch.Tensor]:
+        hidden, head = draw(50, 16, seed=1).requires_grad_(), draw(90, 16, seed=2).requires_grad_()
+        targets = torch.arange(50)
+        loss = fused_linear_cross_entropy(hidden, head, targets, torch.ones(50), chunk_tokens=16).total
+        loss.backward()
+        return loss.item(), hidden.grad.float(), head.grad.float()
+
+    theirs = run()
+    calls = Slow()
+    with calls, WideProducts():
+        ours = run()
+    assert ours[0] == pytest.approx(theirs[0], rel=2e-3)
+    for one, other in zip(ours[1:], theirs[1:], strict=True):
+        assert (one - other).norm() / other.norm() < 0.01
+    assert not calls.narrow
+
+
+class Slow(TorchDispatchMode):
+    """The matrix products of bf16 that come to be made while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "mm" in func.__name__ and any(isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 for x in args):
+            self.narrow.append(func.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def test_fp32_is_bit_for_bit_as_without():
