@@ -35,6 +35,7 @@ from ptl.callbacks.pass_rates import PassRates
 from ptl.callbacks.preemption import Preemption
 from ptl.callbacks.record import RunRecord, run_folder
 from ptl.callbacks.redact import redact
+from ptl.callbacks.run_identity import run_id, trial_id
 from ptl.callbacks.saved import foreign_checkpoints, latest_checkpoint
 from ptl.callbacks.single_file import AtomicCheckpointIO
 from ptl.callbacks.stragglers import Stragglers
@@ -53,6 +54,7 @@ from ptl.strategies.meeting import LAUNCHED, meet
 from ptl.strategies.slurm import check_job
 
 _RUN_DIR = "PTL_RUN_DIR"
+_SWEEP_DIR = "PTL_SWEEP_DIR"
 _TRACEBACK = "PTL_TRACEBACK"
 
 
@@ -61,8 +63,8 @@ class Run:
     """Where a run lives and whether it goes on from a checkpoint.
 
     Attributes:
-        dir: the run folder; by default ``runs/<objective>-<date>-<time>``, or ``runs/<objective>-<job>`` in a job of
-            several processes.
+        dir: the run folder; by default ``runs/<objective>-<date>-<time>``, ``runs/<objective>-<job>`` in a job of
+            several processes, or ``runs/<sweep>/<id>`` for a trial of a W&B sweep.
         resume: ``never`` refuses a folder that holds checkpoints; ``auto`` goes on from its newest whole one, or
             starts where there is none.
         meeting_minutes: how long the ranks of a job wait for each other at the start; then those missing are named.
@@ -251,6 +253,9 @@ def run_dir(run: Run, objective: str) -> Path:
         return Path(run.dir)
     if _RUN_DIR in os.environ:  # set below by the process that launched this rank
         return Path(os.environ[_RUN_DIR])
+    if trial := trial_id():
+        # By its id: another agent, on another node, may be given a trial that was preempted.
+        return Path(os.environ.get(_SWEEP_DIR) or Path("runs") / os.environ["WANDB_SWEEP_ID"]) / trial
     job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
     if job and job != "none":
         name = f"{objective}-{job}"
@@ -264,6 +269,12 @@ def run_dir(run: Run, objective: str) -> Path:
 
 
 def _checkpoint_of(folder: Path, resume: str) -> Path | None:
+    trial, own = trial_id(), run_id(folder)
+    if trial and own not in (None, trial):
+        raise ValueError(
+            f"the run folder {folder} is that of run {own}, and this is trial {trial} of a sweep: leave --run.dir out "
+            "of the sweep's command, and each trial has a folder of its own"
+        )
     if (strange := foreign_checkpoints(folder)) and rank_zero_only.rank == 0:
         print(
             f"ptl: warning: {strange[0]}{' and others' if len(strange) > 1 else ''} was saved by another run and is "

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", choices=("packed", "padded"), default="packed", help="of ptl's batches")
     parser.add_argument("--join", action="store_true", help="put rows together to such of --tokens tokens")
     parser.add_argument("--compile", action="store_true", help="ptl compiles the layers of its models")
+    parser.add_argument("--checkpointing", action="store_true", help="ptl recomputes its layers in the backward pass")
     parser.add_argument("--trl-micro", type=int, help="per_device_train_batch_size; default TRL's 8, or --batch-rows")
     parser.add_argument("--trl-checkpointing", action="store_true", help="TRL's default; off here, which is faster")
     parser.add_argument("--trl-liger", action="store_true", help="Liger's layer kernels (CUDA)")
@@ -79,6 +80,7 @@ def make_spec(args: argparse.Namespace, folder: Path, *, lr: float) -> dict[str,
         "micro": args.micro,
         "layout": args.layout,
         "compile": args.compile,
+        "checkpointing": args.checkpointing,
         "trl_micro": trl_micro,
         "trl_checkpointing": args.trl_checkpointing,
         "trl_liger": args.trl_liger,

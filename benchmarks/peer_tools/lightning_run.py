@@ -86,7 +86,8 @@ def weights_of(spec: Mapping[str, Any]) -> Dtype:
 
 def model_of(spec: Mapping[str, Any]) -> dict[str, Any]:
     """What every model of a run has in common."""
-    return {"dtype": weights_of(spec), "compile": spec.get("compile", False)}
+    recomputed = spec.get("checkpointing", False)
+    return {"dtype": weights_of(spec), "compile": spec.get("compile", False), "gradient_checkpointing": recomputed}
 
 
 def data_of(spec: Mapping[str, Any], folder: Path) -> ChatDataModule:
@@ -151,6 +152,7 @@ def fit(
         "precision": str(trainer.precision),
         "dtype": objective.spec.dtype,
         "compile": objective.spec.compile,
+        "gradient_checkpointing": objective.spec.gradient_checkpointing,
         "layout": spec["layout"],
         "micro_batch_size": spec["micro"],
         "accumulate_grad_batches": accumulate,

@@ -13,6 +13,11 @@ IDENTITY_FILE = "run.json"
 _LETTERS = string.ascii_lowercase + string.digits
 
 
+def trial_id() -> str | None:
+    """The id that an agent of a W&B sweep has given to the run of this process; None where no agent has started it."""
+    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+
+
 def run_id(run_dir: str | os.PathLike[str]) -> str | None:
     """The id of the run in a folder; None where no run has begun."""
     try:
@@ -22,7 +27,7 @@ def run_id(run_dir: str | os.PathLike[str]) -> str | None:
 
 
 def make_run_id(run_dir: str | os.PathLike[str]) -> str:
-    """The id of the run in a folder, made where it has none: eight letters and digits, as W&B's are.
+    """The id of the run in a folder, made where it has none: a sweep's, or eight letters and digits, as W&B's are.
 
     Of several processes that make one at the same time all get the same.
     """
@@ -30,7 +35,7 @@ def make_run_id(run_dir: str | os.PathLike[str]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     if known := run_id(folder):
         return known
-    made = "".join(secrets.choice(_LETTERS) for _ in range(8))
+    made = trial_id() or "".join(secrets.choice(_LETTERS) for _ in range(8))
     temporary = folder / f".{IDENTITY_FILE}.{made}"
     temporary.write_text(json.dumps({"id": made}) + "\n", encoding="utf-8")
     try:

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from ptl.callbacks import wandb_artifacts
 from ptl.callbacks.exit_codes import REQUEUE, REWIND
 from ptl.callbacks.redact import redact, redact_tree
-from ptl.callbacks.run_identity import make_run_id
+from ptl.callbacks.run_identity import make_run_id, trial_id
 
 STEP, TOKENS_SEEN = "trainer/global_step", "trainer/tokens_seen"
 """The x-axes: optimizer steps for all metrics, and real tokens of all ranks, which a chart can choose instead."""
@@ -181,10 +181,10 @@ class WandbRun(WandbLogger):
         # machine that submitted the job.
         os.environ.pop("WANDB_SERVICE", None)
         # A sweep's agent has asked its server for the id, which W&B takes from its variable by itself.
-        ours = (
-            None if os.environ.get("WANDB_SWEEP_ID") else os.environ.get("WANDB_RUN_ID") or make_run_id(self._run_dir)
-        )
-        folder = os.environ.get("WANDB_DIR") or str(self._run_dir)
+        ours = None if trial_id() else os.environ.get("WANDB_RUN_ID") or make_run_id(self._run_dir)
+        folder = os.environ.get("WANDB_DIR")
+        if not folder or (trial_id() and Path(folder) == Path.cwd()):  # an agent names its own where the user has none
+            folder = str(self._run_dir)
         settings = {
             "console": "off",
             "disable_git": True,
@@ -193,7 +193,7 @@ class WandbRun(WandbLogger):
             **self._own_settings,
         }
         return wandb.init(
-            project=self._project,
+            project=None if trial_id() else self._project,  # the sweep's, and W&B would warn of another
             dir=folder,
             id=ours,
             resume="allow" if mode == "online" else None,

@@ -120,9 +120,9 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     if not is_deepspeed_zero3_enabled():
         yield
         return
-    import deepspeed
+    from peft.utils.integrations import gather_params_ctx
 
-    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None):
+    with gather_params_ctx(list(parameters), modifier_rank=None):
         yield
 
 

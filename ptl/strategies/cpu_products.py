@@ -53,8 +53,9 @@ class WideProducts(TorchDispatchMode):
         if func in _MM or func in _ADDMM:
             out = args[0] if func is _aten.addmm_.default else kwargs.get("out")
             if all(_narrow(factor) for factor in (*args, out) if factor is not None):
+                left, right = args[-2:]
                 added = args[0] if func in _ADDMM else None
-                return _product(*args[-2:], added, kwargs.get("beta", 1), kwargs.get("alpha", 1), out)
+                return _product(left, right, added, kwargs.get("beta", 1), kwargs.get("alpha", 1), out)
         rounded = _PRODUCTS.get(func)
         if rounded is None or not any(_narrow(value) for value in args):
             return func(*args, **kwargs)

@@ -1,6 +1,7 @@
 """``ptl compare`` over real runs: ``ptl fit`` with W&B offline, read as run folders, W&B files and from a server."""
 
 import http.server
+import io
 import json
 import math
 import os
@@ -11,6 +12,8 @@ import threading
 from pathlib import Path
 from typing import ClassVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests import tiny
@@ -151,12 +154,14 @@ def test_without_wandb_folders_work_and_wandb_files_are_refused(real, tmp_path):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Answers what ``wandb.Api`` asks by GraphQL with runs out of real offline files, filtered by group, and keeps
-    the reports that are saved."""
+    """Answers what ``wandb.Api`` asks by GraphQL with runs out of real offline files, filtered by group, serves what of
+    their histories is exported as parquet files, and keeps the reports that are saved."""
 
     runs: ClassVar[list[dict]] = []
     asked: ClassVar[list[dict]] = []
     saved: ClassVar[list[dict]] = []
+    downloaded: ClassVar[list[tuple[int, int]]] = []
+    pages: ClassVar[list[tuple[int, int]]] = []
     read_only: ClassVar[bool] = False
 
     def do_POST(self):
@@ -164,8 +169,21 @@ class Server(http.server.BaseHTTPRequestHandler):
         refused = self.read_only and "mutation upsertView" in asked.get("query", "")
         answer = {"data": self.answer(asked) if self.path == "/graphql" and not refused else {}}
         data = json.dumps({"errors": [{"message": "permission denied"}]} if refused else answer).encode()
-        self.send_response(403 if refused else 200)
-        self.send_header("content-type", "application/json")
+        self.send(data, 403 if refused else 200)
+
+    def do_GET(self):
+        name, index = Path(self.path).stem.split("-")
+        [run] = [run for run in self.runs if run["name"] == name]
+        first, last = run["exported"][int(index)]
+        self.downloaded.append((first, last))
+        columns = sorted({key for row in run["rows"] for key in row})
+        rows = [row for row in run["rows"] if first <= row["_step"] < last]
+        data = io.BytesIO()
+        pq.write_table(pa.table({key: [row.get(key) for row in rows] for key in columns}), data)
+        self.send(data.getvalue())
+
+    def send(self, data, code=200):
+        self.send_response(code)
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -184,10 +202,15 @@ class Server(http.server.BaseHTTPRequestHandler):
         if "RunHistoryKeys" in query:
             return {"project": {"run": {"historyKeys": named[0]["historyKeys"]}}}
         if "RunParquetHistory" in query:
-            live = named[0]["rows"]
-            return {"project": {"run": {"parquetHistory": {"parquetUrls": [], "liveData": live}}}}
+            exported = named[0].get("exported", [])
+            end = max((last for _, last in exported), default=0)
+            here = f"http://{self.headers['host']}"
+            urls = [f"{here}/files/{named[0]['name']}-{i}.parquet" for i in range(len(exported))]
+            live = [{"_step": row["_step"]} for row in named[0]["rows"] if row["_step"] >= end]
+            return {"project": {"run": {"parquetHistory": {"parquetUrls": urls, "liveData": live}}}}
         if "HistoryPage" in query:
             low, high = given["minStep"], given["maxStep"]
+            self.pages.append((low, high))
             rows = [json.dumps(row) for row in named[0]["rows"] if low <= row["_step"] < high]
             return {"project": {"run": {"history": rows}}}
         if "query GetProjects(" in query:
@@ -231,11 +254,15 @@ def served_run(records: list[dict], group: str) -> dict:
     }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def served(real):
+    return [served_run(inspected(path), "study" if i else "other") for i, path in enumerate(offline(real))]
+
+
 @pytest.fixture
-def server(real):
-    places = offline(real)
-    Server.runs = [served_run(inspected(path), "study" if i else "other") for i, path in enumerate(places)]
-    Server.asked, Server.saved, Server.read_only = [], [], False
+def server(served):
+    Server.runs = served
+    Server.asked, Server.saved, Server.downloaded, Server.pages, Server.read_only = [], [], [], [], False
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}"
@@ -267,6 +294,45 @@ def test_runs_on_a_server_give_the_same_numbers(variables, real, folders):
     assert len(both["runs"]) == RUNS and len(both["notes"]) == RUNS
     none = ptl_process("compare", "--project", "lab/p", "--filter", "group=nobody", **variables)
     assert none.returncode == 2 and "there is none" in none.stderr
+
+
+def long_run(count: int, exported: list[tuple[int, int]]) -> dict:
+    """A run of so many rows as the server describes it, and the steps from and to which its export's files go."""
+    rows = [
+        {"_step": i, "_timestamp": 1.7e9 + i, "trainer/global_step": i, "train/loss": 2.0 - i / 3} for i in range(count)
+    ]
+    for row in rows[::100]:
+        row["val/loss"] = row["_step"] / 7
+    rows[1234]["train/loss"], rows[count - 1]["train/loss"] = float("nan"), float("inf")
+    keys = {"lastStep": count - 1, "sets": [], "keys": {}}
+    return {**Server.runs[-1], "rows": rows, "exported": exported, "historyLineCount": count, "historyKeys": keys}
+
+
+def assert_all_read(found: dict, run: dict) -> None:
+    [read] = found["runs"]
+    for name in ("train/loss", "val/loss"):
+        points = [(row["_step"], row[name]) for row in run["rows"] if name in row]
+        finite = [value for _, value in points if math.isfinite(value)]
+        metric = read["metrics"][name]
+        assert metric["points"] == len(points) and float(metric["final"]) == points[-1][1]
+        assert (metric["final_step"], metric["low"], metric["high"]) == (points[-1][0], min(finite), max(finite))
+
+
+def test_a_long_history_is_read_out_of_its_parquet_files_and_pages(variables):
+    """W&B names the files in any order, and its page across the end of the export has rows of both."""
+    Server.runs = [long_run(3300, [(1500, 2800), (0, 1500)])]
+    assert_all_read(compared("--project", "lab/p", run=ptl_process, **variables), Server.runs[0])
+    assert Server.downloaded == [(1500, 2800), (0, 1500)] and Server.pages == [(2000, 3000), (3000, 3300)]
+    # The run has gone on and its export is another one, under the same addresses.
+    Server.runs = [long_run(4100, [(0, 1600), (1600, 4100)])]
+    assert_all_read(compared("--project", "lab/p", run=ptl_process, **variables), Server.runs[0])
+    assert Server.downloaded[2:] == [(0, 1600), (1600, 4100)] and len(Server.pages) == 2
+
+
+def test_a_long_history_without_an_export_is_read_in_pages(variables):
+    Server.runs = [long_run(2500, [])]
+    assert_all_read(compared("--project", "lab/p", run=ptl_process, **variables), Server.runs[0])
+    assert Server.pages == [(0, 1000), (1000, 2000), (2000, 2500)] and not Server.downloaded
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 
+from ptl import cli
 from ptl.callbacks.exit_codes import REQUEUE
 from ptl.callbacks.facts import run_tags
 from ptl.callbacks.jsonl import read_metrics, read_rows
 from ptl.callbacks.record import RunRecord
 from ptl.callbacks.rewind import RewindError
-from ptl.callbacks.run_identity import run_id
+from ptl.callbacks.run_identity import make_run_id, run_id
 from ptl.callbacks.throughput import Throughput
 from ptl.callbacks.wandb_run import WandbRun
 from ptl.models.spec import LoRA, ModelSpec
+from ptl.trainer_cli import Run, run_dir
 from tests.callbacks.parts import Toy, loader, packed, trainer
-from tests.callbacks.wandb_parts import SECRET, STEPS, STOP
+from tests.callbacks.wandb_parts import ROOT, SECRET, STEPS, STOP
 from tests.ranks import run_ranks
 
 
@@ -217,6 +219,29 @@ def test_rows_behind_a_lost_network_are_kept_for_a_sync(made):
     [path] = (folder / "lost/wandb").glob("run-*")
     losses = [r for r in inspected(path) if r["type"] == "history" and "train/loss" in r["history"]["item"]]
     assert len(losses) == STEPS
+
+
+def test_a_trial_of_a_sweep_never_goes_on_in_the_folder_of_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep123")
+    monkeypatch.setenv("WANDB_RUN_ID", "trialone")
+    assert run_dir(Run(), "sft") == Path("runs/sweep123/trialone")
+    monkeypatch.setenv("PTL_SWEEP_DIR", str(tmp_path / "study"))
+    assert run_dir(Run(), "sft") == tmp_path / "study/trialone"
+    assert make_run_id(tmp_path / "shared") == "trialone"
+    monkeypatch.setenv("WANDB_RUN_ID", "trialtwo")
+    command = [
+        "fit",
+        "-c",
+        f"{ROOT}/configs/objective/sft.yaml",
+        "--model.policy.name",
+        "never",
+        "--data.train.path",
+        "x",
+    ]
+    command += ["--trainer.accelerator", "cpu", "--run.dir", f"{tmp_path}/shared", "--run.resume", "auto"]
+    assert cli.main(command) == 2
+    said = capsys.readouterr().err
+    assert "is that of run trialone, and this is trial trialtwo of a sweep: leave --run.dir out" in said
 
 
 def test_tags(monkeypatch):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import http.server
 import io
-import json
 import os
 import resource
 import signal
 import subprocess
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from ptl.callbacks.record import RunRecord
 from ptl.callbacks.wandb_run import WandbRun
 from tests.callbacks.parts import Toy, loader, packed, trainer
 from tests.callbacks.real import chat, make_inputs, sft
+from tests.callbacks.wandb_server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "a-secret-of-mine-42"
@@ -126,50 +124,6 @@ def kill(process: int) -> None:
 def fill(process: int) -> None:
     """What a full disk does to a process that appends to a file: each write fails."""
     resource.prlimit(process, resource.RLIMIT_FSIZE, (10_000, 10_000))
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """What of W&B's server a run needs to begin: the client, W&B's process and HTTP are the real ones."""
-
-    daemon_threads = True
-
-    @classmethod
-    @contextlib.contextmanager
-    def running(cls) -> Iterator[Server]:
-        server = cls(("127.0.0.1", 0), Answers)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield server
-        finally:
-            server.close()
-
-    def close(self) -> None:
-        self.shutdown()
-        self.server_close()
-
-
-class Answers(http.server.BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or "{}")
-        data = json.dumps({"data": self.answer(asked)} if self.path == "/graphql" else {}).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def answer(self, asked: dict[str, Any]) -> dict[str, Any]:
-        given, project = asked.get("variables") or {}, {"id": "2", "name": "ptl", "entity": {"id": "3", "name": "lab"}}
-        if "upsertBucket" in asked["query"]:
-            bucket = {"id": "1", "name": given["name"], "displayName": given["displayName"], "config": given["config"]}
-            bucket |= {"description": None, "sweepName": None, "historyLineCount": 0, "project": project}
-            return {"upsertBucket": {"bucket": bucket, "inserted": True}}
-        if "RunResumeStatus" in asked["query"]:
-            return {"model": {**project, "bucket": None}}
-        return {"viewer": {"id": "1", "entity": "lab", "username": "ada", "flags": "{}", "teams": {"edges": []}}}
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 def troubles(folder: str) -> dict[str, str]:

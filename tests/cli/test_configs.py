@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,6 +79,12 @@ def test_a_sweep_is_a_command_that_parses_with_each_of_its_parameters(path):
     for word in tried:
         key, _, value = word.removeprefix("--").partition("=")
         assert str(parsed(config, key)) == value
+
+
+def test_the_sweep_of_the_docs_is_the_example():
+    text = (CONFIGS.parent / "docs/wandb.md").read_text()
+    [shown] = re.findall(r"```yaml\n(method:.*?)```", text, re.DOTALL)
+    assert yaml.safe_load(shown) == yaml.safe_load((CONFIGS / "sweep/example.yaml").read_text())
 
 
 def parsed(config, key: str):

@@ -104,10 +104,21 @@ def _read(each: Any, project: str, config: dict[str, str]) -> Run | None:
     flat = wandb_run(settings, summary, {}, **common).config
     if any(key not in flat or text_of(flat[key]) != value for key, value in config.items()):
         return None
-    rows = [{name: float(v) for name, v in row.items() if _is_number(v)} for row in each.scan_history()]
+    rows = _history(each)
     axis = STEP if any(STEP in row for row in rows) else "_step"
     run = wandb_run(settings, summary, metrics_of(joined([block_of(rows)])), **common)
     return replace(run, online=Online(each.id, axis))
+
+
+def _history(each: Any) -> list[dict[str, float]]:
+    """The numbers of every row that the run has logged, each row once and in order.
+
+    W&B exports long histories as parquet files, which its client downloads; only what came later is asked for in pages.
+    """
+    # Not through W&B's cache, which knows a file by its place in the list of an export alone: a run that has gone on
+    # since would end where it ended then. By step, because a page across the end of the export has rows of both.
+    rows = {row["_step"]: row for row in each.scan_history(use_cache=False)}
+    return [{name: float(v) for name, v in rows[step].items() if _is_number(v)} for step in sorted(rows)]
 
 
 def _is_number(value: Any) -> bool:
