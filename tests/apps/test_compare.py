@@ -340,6 +340,22 @@ def test_a_narrow_terminal_keeps_the_first_metric(study, monkeypatch):
     assert max(map(len, lines[:6])) <= 70 and "val/loss final" in lines[2] and "more columns" in "".join(lines)
 
 
+def test_unlike_runs_fit_a_terminal_with_as_much_of_what_differs_as_there_is_room_for():
+    keys = [f"key_{i}" for i in range(40)]
+    titles = ["group", *keys, "runs", "val/loss final", "val/loss best", "tokens/s/device"]
+    rows = [[tag, "x" * 60, *map(str, range(39)), "1 finished", "1.622", "1.621", "300"] for tag in "AB"]
+    table, left_out = tables.fitting(tables.Table(titles, rows, 42), 100)
+    assert table.titles == ["group", *keys[:3], "runs", "val/loss final", "val/loss best"]
+    assert left_out == 38 and table.words == 5
+    assert table.rows[0] == ["A", "x" * 60, "0", "1", "1 finished", "1.622", "1.621"]
+
+
+def test_a_wide_terminal_has_all_columns(study, monkeypatch):
+    monkeypatch.setenv("PTL_TEST_COLUMNS", "300")
+    said = ptl("compare", study).stdout
+    assert "more columns" not in said and "device-hours" in said
+
+
 def test_help_needs_neither_numpy_nor_wandb():
     code = "import sys; from ptl import cli; cli.main(['compare', '--help']); print(sorted(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout

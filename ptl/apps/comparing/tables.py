@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 UNKNOWN = "–"
+FOLDED = 20
+"""Characters that a column of a terminal's table has at least where its cells are longer."""
 FACT_TITLES = {"tokens_per_second_per_device": "tokens/s/device", "mfu": "MFU", "peak_memory_gib": "memory GiB"}
 METHOD = (
     "A group holds the runs whose configurations differ in seeds alone. ± is the standard deviation over its runs "
@@ -185,19 +187,23 @@ def _cell(text: str) -> str:
 def fitting(table: Table, width: int) -> tuple[Table, int]:
     """The table without the columns that a terminal of so many characters has no room for, and how many those are.
 
-    The words stay, and the first metric; other metrics go first, from the last one on.
+    The group, how its runs ended and the first metric stay. Of the rest, metrics go first, from the last one on, then
+    facts, then what differs, of which a column may be folded to ``FOLDED`` characters.
     """
     sizes = [max(map(len, cells)) + 3 for cells in zip(table.titles, *table.rows, strict=True)]
+    differing = range(1, table.words - 1)
+    sizes = [min(size, FOLDED + 3) if i in differing else size for i, size in enumerate(sizes)]
     metric = [i for i in range(table.words, len(sizes)) if table.titles[i].endswith((" final", " best"))]
     first = metric[: 1 + any(table.titles[i] == table.titles[metric[0]][:-5] + "best" for i in metric[1:2])]
     other = [i for i in range(table.words, len(sizes)) if i not in metric]
-    kept = set(range(table.words)) | set(first)
-    for i in [*other, *metric]:
+    kept = {0, table.words - 1, *first}
+    for i in [*differing, *other, *metric]:
         if 1 + sum(sizes[j] for j in kept | {i}) <= width:
             kept.add(i)
     chosen = sorted(kept)
     rows = [[row[i] for i in chosen] for row in table.rows]
-    return Table([table.titles[i] for i in chosen], rows, table.words), len(sizes) - len(chosen)
+    words = sum(i < table.words for i in chosen)
+    return Table([table.titles[i] for i in chosen], rows, words), len(sizes) - len(chosen)
 
 
 def rich_table(comparison: Comparison, width: int) -> RichTable:
@@ -209,7 +215,8 @@ def rich_table(comparison: Comparison, width: int) -> RichTable:
     more = f"{left_out} more columns with --out FOLDER or --markdown" if left_out else None
     out = RichTable(title=headline(comparison), title_justify="left", caption=more, caption_justify="left")
     for i, title in enumerate(table.titles):
-        out.add_column(Text(title), justify="left" if i < table.words else "right", overflow="fold")
+        folds = 0 < i < table.words - 1
+        out.add_column(Text(title), justify="left" if i < table.words else "right", overflow="fold", no_wrap=not folds)
     for row in table.rows:
         out.add_row(*map(Text, row))
     return out
