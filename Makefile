@@ -40,6 +40,7 @@ format: $(STAMP) ## format and fix what the linter can
 	$(BIN)/ruff check --fix ptl tests benchmarks
 
 test: $(STAMP) ## the whole CPU test suite
+	$(BIN)/python -c "from tests.ranks import compile_extensions; compile_extensions()"
 	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP) ## real-model tests and long runs
