@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm check docs format test test-slow test-cluster demo distill-demo grpo-demo story clean
+.PHONY: help install install-vllm check docs format extensions test test-slow test-cluster demo distill-demo grpo-demo story clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,14 +39,16 @@ format: $(STAMP) ## format and fix what the linter can
 	$(BIN)/ruff format ptl tests benchmarks
 	$(BIN)/ruff check --fix ptl tests benchmarks
 
-test: $(STAMP) ## the whole CPU test suite
+extensions: $(STAMP) # what DeepSpeed compiles for a CPU, before any test's time limit runs
 	$(BIN)/python -c "from tests.ranks import compile_extensions; compile_extensions()"
+
+test: extensions ## the whole CPU test suite
 	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(STAMP) ## real-model tests and long runs
+test-slow: extensions ## real-model tests and long runs
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-test-cluster: $(STAMP) ## the long tests of the two SLURM nodes: kills while saving, other numbers of ranks, the time limit
+test-cluster: extensions ## the long tests of the two SLURM nodes: kills while saving, other numbers of ranks, the time limit
 	$(BIN)/python -m pytest -m slow tests/slurm --ignore tests/slurm/test_rollout.py
 
 demo: $(STAMP) ## fine-tune SmolLM2-135M with LoRA on real conversations, on the CPU

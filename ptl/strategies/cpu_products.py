@@ -41,8 +41,9 @@ class WideProducts(TorchDispatchMode):
     """While it is entered, matrix products of bf16 tensors on the CPU are made in fp32 and their results rounded.
 
     The factors are exact in fp32 and the sums are fp32 in bf16 products too, so that a result is the correctly rounded
-    one but for the order of its sums. Forward and backward passes alike, of whatever model, under autocast too. All
-    other operations are as they were. It counts for the thread that enters it.
+    one but for the order of its sums. Forward and backward passes alike, of whatever model, under autocast too, and the
+    products that the fused losses write in place; of these and of plain ones large factors are fp32 a block at a time.
+    All other operations are as they were. It counts for the thread that enters it.
 
     ``TorchDispatchMode`` is the one place below autograd where an operation may be done in another way; torch has it in
     a module with an underscore.
