@@ -13,10 +13,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import pytest
 
-from tests import tiny
+from tests import forks, tiny
 from tests.ranks import EXTENSIONS
 
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
+forks.share()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,11 +27,10 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.forks import Fork, Forks
+from tests import forks
 
 ROOT = Path(__file__).resolve().parent.parent
 _WHERE = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
@@ -54,7 +53,7 @@ class RanksFailedError(RuntimeError):
 @dataclass
 class _Rank:
     index: int
-    process: Fork
+    process: forks.Fork
     output: Path
     result: Path
 
@@ -181,11 +180,6 @@ def run_ranks(
         return [json.loads(rank.result.read_text()) for rank in ranks]
 
 
-@cache
-def _forks(parity: int) -> Forks:
-    return Forks()
-
-
 def _start(target: str | Path, world_size: int, args: dict, folder: Path, env: dict[str, str]) -> list[_Rank]:
     port = free_port()
     ranks = []
@@ -202,7 +196,7 @@ def _start(target: str | Path, world_size: int, args: dict, folder: Path, env: d
             "PTL_TEST_RESULT": str(result),
         }
         what = str(target) if str(target).endswith(".py") else "tests.ranks:main"
-        ranks.append(_Rank(index, _forks(index % 2).start(what, environment, output), output, result))
+        ranks.append(_Rank(index, forks.start(what, environment, output, parity=index), output, result))
     return ranks
 
 

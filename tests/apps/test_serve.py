@@ -1,8 +1,7 @@
 """``ptl serve`` to OpenAI's own client: answers, streams, tools of the server's and the client's, refusals."""
 
 import json
-import subprocess
-import sys
+import time
 
 import httpx2 as httpx
 import openai
@@ -12,7 +11,7 @@ from ptl.apps.guard import Door
 from ptl.apps.reply import ModelWriter, Reply
 from ptl.apps.serve import main
 from ptl.tools.load import load_tools
-from tests import tiny
+from tests import forks, tiny
 from tests.apps.serve_parts import ASKS, desk_of, dialogues, serving, taught
 
 
@@ -177,30 +176,22 @@ def test_the_command_says_where_it_listens_and_leaves_on_ctrl_c(tmp_path):
     import signal
 
     folder = tiny.save_folder(tmp_path / "model", tiny.make_tokenizer())
-    command = [
-        sys.executable,
-        "-m",
-        "ptl.cli",
-        "serve",
-        str(folder),
-        "--port",
-        "0",
-        "--engine",
-        "transformers",
-        "--name",
-        "mine",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    options = ["--port", "0", "--engine", "transformers", "--name", "mine"]
+    process = forks.begin(["-m", "ptl.cli", "serve", folder, *options])
     try:
-        base = process.stdout.readline().split()[-1]
-        assert "open http://127.0.0.1:" in process.stdout.readline()
+        end = time.monotonic() + 60
+        while process.said().count("\n") < 2:
+            assert process.poll() is None and time.monotonic() < end, process.complained()
+            time.sleep(0.05)
+        first, second, *_ = process.said().splitlines()
+        base = first.split()[-1]
+        assert "open http://127.0.0.1:" in second
         assert httpx.get(f"{base}/models").json()["data"][0]["id"] == "mine"
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
-        assert process.returncode == 0 and "Traceback" not in errors
+        done = process.finish(timeout=30)
+        assert done.returncode == 0 and "Traceback" not in done.stderr
     finally:
         process.kill()
-        process.wait()
 
 
 @pytest.mark.parametrize(

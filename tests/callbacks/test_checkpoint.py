@@ -3,9 +3,6 @@
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,15 +16,15 @@ from ptl.callbacks.saved import latest_checkpoint
 from ptl.callbacks.single_file import AtomicCheckpointIO
 from ptl.data.durable import append_line, replacing, write_text
 from ptl.strategies.checkpoints import MARKER, CheckpointError
+from tests import forks
 from tests.callbacks.parts import Toy, loader, packed, trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCHES = [packed([8, 8], trained=4, seed=i) for i in range(6)]
 
 
-def start_saving(path: Path, *arguments: object) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.callbacks.killed_save", str(path), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start_saving(path: Path, *arguments: object) -> forks.Program:
+    return forks.begin(["-m", "tests.callbacks.killed_save", path, *map(str, arguments)], cwd=ROOT)
 
 
 def partial(path: Path) -> Path:
@@ -45,12 +42,10 @@ def test_law_6_a_save_that_is_killed_leaves_the_former_checkpoint(tmp_path):
     for share in (0.1, 0.8):
         process = start_saving(path, megabytes)
         try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            while line and not line.startswith("saved 2"):
-                line = process.stdout.readline()
-            assert line, "the saving process ended"
             deadline = time.monotonic() + 60
+            while "saved 2" not in process.said():
+                assert process.poll() is None and time.monotonic() < deadline, process.complained()
+                time.sleep(0.01)
             while time.monotonic() < deadline:
                 try:
                     if partial(path).stat().st_size > share * megabytes * 2**20:
@@ -58,7 +53,7 @@ def test_law_6_a_save_that_is_killed_leaves_the_former_checkpoint(tmp_path):
                 except FileNotFoundError:
                     pass
         finally:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             process.wait(timeout=30)
         kills += partial(path).exists()
         assert latest_checkpoint(tmp_path) == path
@@ -85,8 +80,9 @@ def test_a_full_disk_is_told_and_the_former_checkpoint_stays(tmp_path):
     path = tmp_path / "checkpoints" / "step=00000004.ckpt"
     AtomicCheckpointIO().save_checkpoint({"global_step": 4, "state_dict": {"w": torch.ones(5)}}, path)
     process = start_saving(path.with_name("step=00000008.ckpt"), 8, 3 * 2**20)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 3, output
+    done = process.finish(timeout=120)
+    output = done.stdout + done.stderr
+    assert done.returncode == 3, output
     line = next(line for line in output.splitlines() if line.startswith("REFUSED"))
     assert "step=00000008.ckpt" in line and "File too large" in line and "Traceback" not in output
     assert f"the newest whole checkpoint is {path}" in line and "Free space" in line

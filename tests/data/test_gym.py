@@ -1,7 +1,6 @@
 """Rows that reasoning-gym makes: the same in every process, prepared and counted like those of a file."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -19,6 +18,7 @@ from ptl.data.render import Renderer
 from ptl.data.sources import REASONS, BadRow, Source, detect_format
 from ptl.data.views import ChatView
 from ptl.types import Origin
+from tests import forks
 
 SUMS = "gym://chain_sum?size=200&seed=0&min_terms=2&max_terms=2&min_digits=1&max_digits=1"
 
@@ -62,18 +62,9 @@ def test_every_process_makes_the_same_rows(path):
         "rows = [row for part in reversed(list(data.parts(data.num_rows()))) for row in part.rows()]; "
         "print(hashlib.md5(repr(sorted(rows, key=lambda r: r[0])).encode()).hexdigest())"
     )
-    told = {
-        subprocess.run(
-            [sys.executable, "-c", code, path],
-            env={**os.environ, "PYTHONHASHSEED": str(seed)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        ).stdout
-        for seed in (1, 2)
-    }
-    assert len(told) == 1
+    told = [forks.begin(["-c", code, path], parity=parity).finish(timeout=120) for parity in (0, 1)]
+    assert [done.returncode for done in told] == [0, 0], told
+    assert told[0].stdout == told[1].stdout
 
 
 def test_a_seed_is_given_where_the_path_has_none():

@@ -5,8 +5,6 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import time
 import zipfile
@@ -25,7 +23,7 @@ from ptl.data.prepare import audit_sources, prepare
 from ptl.data.render import Renderer, RenderPolicy
 from ptl.data.sources import Source
 from ptl.data.views import ChatView
-from tests import tiny
+from tests import forks, tiny
 
 WORDS = ["hello", "world", "the", "quick", "brown", "fox", "lazy", "dog", "What is 2+2?", "4", "Où est", "Shanghai"]
 
@@ -345,9 +343,7 @@ print(cache_key(inputs))
 
 def test_trap_sft_15_another_process_finds_the_same_key(tmp_path, renderer):
     path = jsonl(tmp_path / "a.jsonl", chats(5))
-    command = [sys.executable, "-c", SAME_KEY, str(path)]
-    environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
+    out = forks.run(["-c", SAME_KEY, path], check=True)
     assert out.stdout.split()[-1] == key([Source(path=str(path))], renderer)
 
 
@@ -433,12 +429,12 @@ prepare([Source(path=sys.argv[1])], view=ChatView(), renderer=Renderer(tiny.make
 def test_law_6_a_killed_preparation_leaves_no_cache_and_is_made_anew(tmp_path, renderer):
     rows = chats(6_000, words=(1, 2), most_turns=1)
     path, cache = jsonl(tmp_path / "a.jsonl", rows), tmp_path / "cache"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path), str(cache)])
+    process = forks.begin(["-c", KILLED, path, cache])
     end = time.monotonic() + 60
     while not any(part.stat().st_size > 0 for part in cache.glob("*.tmp-*/lengths.npy")):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait(30)
     assert [entry.suffix for entry in cache.iterdir() if ".tmp-" not in entry.name] == [".lock"]
     jsonl(path, chats(20))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ import pytest
 from ptl.data.render import Renderer, RenderError, RenderPolicy, stop_token_ids
 from ptl.data.tokenizer import load_tokenizer
 from ptl.types import Conversation
-from tests import tiny
+from tests import forks, tiny
 from tests.data.chat_cases import (
     CALL,
     CASES,
@@ -221,8 +219,7 @@ def test_trap_sft_15_fingerprint_is_the_same_in_another_process(tmp_path, tokeni
         "t = load_tokenizer(sys.argv[1]); t(['a', 'b c'], padding=True, truncation=True, max_length=8)\n"
         "print(Renderer(t).fingerprint())"
     )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    run = forks.run(["-c", code, tmp_path], check=True)
     assert run.stdout.split()[-1] == Renderer(load_tokenizer(tmp_path)).fingerprint()
 
 

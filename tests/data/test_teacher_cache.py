@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ from ptl.data.teacher_cache import TeacherCache, rescaled
 from ptl.data.teacher_plan import shard_bounds
 from ptl.models.heads import shifted_targets
 from ptl.models.spec import ModelSpec
-from tests import tiny
+from tests import forks, tiny
 from tests.ranks import ROOT, run_ranks
 from tests.synth import parts
 
@@ -291,8 +289,8 @@ def files(cache: Path) -> dict[str, bytes]:
 
 def test_killed_and_restarted_gives_the_same_bytes(made, folder, data, teacher, tmp_path):
     code = f"from tests.synth.parts import killed; killed({str(folder)!r}, {str(tmp_path / 'kd')!r}, 2)"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, capture_output=True)
-    assert run.returncode == -9, run.stderr.decode()
+    run = forks.run(["-c", code], cwd=ROOT)
+    assert run.returncode == -9, run.stderr
     part = next((tmp_path / "kd").iterdir())
     assert len(list(part.glob("shard-*"))) == 2 and not (part / "manifest.json").exists()
     assert len(list(part.glob(".*.partial-*"))) == 1

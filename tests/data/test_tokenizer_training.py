@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 
 import pytest
 from transformers import AutoTokenizer
@@ -12,8 +10,9 @@ from ptl.data.render import Renderer
 from ptl.data.token_sets import SETS
 from ptl.data.tokenizer import resolve_template
 from ptl.data.tokenizer_training import texts_of, train_tokenizer
-from tests import tiny
+from tests import forks, tiny
 from tests.data.chat_cases import chat, trained
+from tests.ranks import ROOT
 
 
 def trained_here():
@@ -53,7 +52,7 @@ def test_another_process_with_other_threads_trains_the_same(tokenizer, tmp_path)
     for threads in ("1", "4"):
         folder = tmp_path / threads
         env = {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": threads, "PATH": "", "HF_HUB_OFFLINE": "1"}
-        subprocess.run([sys.executable, "-c", code, str(folder)], check=True, env=env)
+        forks.run(["-c", code, folder], env, cwd=ROOT, check=True)
     tokenizer.save_pretrained(tmp_path / "here")
     files = {(tmp_path / name / "tokenizer.json").read_bytes() for name in ("1", "4", "here")}
     assert len(files) == 1

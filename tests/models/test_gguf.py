@@ -17,7 +17,7 @@ from ptl.apps.demo import GGUF, GGUF_SHA256
 from ptl.models.export import largest_logit_change
 from ptl.models.gguf import convert, convert_packaged_gguf, file_digest, find_gguf, main, plain_folder
 from ptl.models.spec import ModelSpec
-from tests import tiny
+from tests import forks, tiny
 from tests.objectives import law
 
 DOCUMENTS = [[5, 9, 20, 33, 41, 7]]
@@ -121,14 +121,14 @@ def test_a_packaged_gguf_names_the_tokenizer_too(package, tokenizer, tmp_path, m
     monkeypatch.setenv("PTL_CACHE", str(tmp_path / "cache"))
     recipe = Path(__file__).resolve().parents[2] / "configs/recipes/sft_full.yaml"
     command = [
-        sys.executable, "-m", "ptl.cli", "fit", "-c", str(recipe), "--run.dir", str(tmp_path / "run"),
+        "-m", "ptl.cli", "fit", "-c", str(recipe), "--run.dir", str(tmp_path / "run"),
         "--model.policy.name", "gguf://tiny_weights/tiny.gguf", "--data.train", f"[{{path: {tmp_path}/rows.jsonl}}]",
         "--data.pack_to", "256", "--data.max_length", "256", "--data.preparation.num_proc", "1",
         "--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.max_steps", "2",
         "--trainer.accumulate_grad_batches", "1", "--trainer.enable_progress_bar", "false",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(package[0].parent.parent)}
-    subprocess.run(command, check=True, timeout=200, env=environment)
+    forks.run(command, environment, timeout=200, check=True)
     folders = [path for path in (tmp_path / "cache" / "gguf").iterdir() if path.is_dir()]
     assert len(folders) == 1  # converted once, for model and tokenizer
     text = "<|im_start|>user\nWhere is Shanghai? Où ?<|im_end|>"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
+from tests import forks
 from tests.ranks import ROOT, free_port, run_ranks
 
 MEET = """
@@ -38,29 +37,25 @@ def test_ranks_that_have_met_make_their_process_group():
     assert [r["total"] for r in run_ranks("tests.strategies.test_meeting:meet_and_sum", 2, timeout=60)] == [3.0, 3.0]
 
 
-def start(rank: int, world: int, port: int, seconds: float) -> subprocess.Popen[str]:
+def start(rank: int, world: int, port: int, seconds: float) -> forks.Program:
     env = {
         **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "PYTHONPATH": str(ROOT),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0",
     }  # fmt: skip
-    command = [sys.executable, "-c", MEET, str(seconds)]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return forks.begin(["-c", MEET, str(seconds)], env, cwd=ROOT)
 
 
-def said(process: subprocess.Popen[str]) -> str:
-    try:
-        output, _ = process.communicate(timeout=90)
-    finally:
-        process.kill()
-    assert process.returncode == 2, output
-    return output
+def said(process: forks.Program) -> str:
+    done = process.finish(timeout=90)
+    assert done.returncode == 2, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_missing_ranks_are_named_on_every_rank_that_has_come():
     port = free_port()
-    first, second = start(0, 4, port, 12), start(1, 4, port, 12)
+    first, second = start(0, 4, port, 5), start(1, 4, port, 5)
     for output in (said(first), said(second)):
-        assert "2 of 4 ranks have not come within 12 s: 2, 3." in output
+        assert "2 of 4 ranks have not come within 5 s: 2, 3." in output
 
 
 def test_a_wrong_port_is_named():

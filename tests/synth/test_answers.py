@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 
 from ptl.rollout.sampling import generate
 from ptl.synth.answers import Answers, Writing, write_answers
+from tests import forks
 from tests.ranks import ROOT
 from tests.synth import parts
 
@@ -161,8 +160,8 @@ def test_killed_and_restarted_writes_each_answer_once(folder, teacher, tmp_path,
     write(folder, tmp_path / "whole.jsonl", model=teacher, temperature=temperature, seed=3)
     arguments = f"{str(folder)!r}, {str(tmp_path / 'a.jsonl')!r}, kill_after=2, temperature={temperature}, seed=3"
     code = f"from tests.synth.test_answers import write; write({arguments})"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, capture_output=True)
-    assert run.returncode == -9, run.stderr.decode()
+    run = forks.run(["-c", code], cwd=ROOT)
+    assert run.returncode == -9, run.stderr
     assert (tmp_path / "a.jsonl.part-0").read_bytes().endswith(b'"us')
     write(folder, tmp_path / "a.jsonl", model=teacher, temperature=temperature, seed=3)
     assert rows(tmp_path / "a.jsonl") == rows(tmp_path / "whole.jsonl")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from ptl.synth.candidates import Sampling, write_candidates
 from ptl.synth.questions import ends
 from ptl.synth.shares import Shares
 from ptl.types import Message, Origin
+from tests import forks
 from tests.ranks import ROOT, rank, run_ranks, world_size
 from tests.synth import parts
 
@@ -223,8 +222,8 @@ def test_a_model_that_gives_nan_is_refused(folder, model, tmp_path, monkeypatch)
 def test_law_6_killed_and_started_again_the_file_is_the_same(folder, model, whole, tmp_path, torn):
     out = tmp_path / "c.jsonl"
     code = f"from tests.synth.test_candidates import killed; killed({str(folder)!r}, {str(out)!r}, 2, {torn})"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, capture_output=True)
-    assert run.returncode == -9, run.stderr.decode()
+    run = forks.run(["-c", code], cwd=ROOT)
+    assert run.returncode == -9, run.stderr
     assert not out.exists()
     before = (tmp_path / "c.jsonl.part-0").read_bytes()
     assert before.endswith(b'"pro') == torn

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from ptl.synth.idk_questions import held_out_reader, reader
 from ptl.synth.judge import Judge
 from ptl.synth.questions import ends, read_questions
 from ptl.types import Message
+from tests import forks
 from tests.ranks import ROOT, rank, run_ranks, world_size
 from tests.synth import parts
 
@@ -229,8 +228,8 @@ def test_a_model_that_gives_nan_is_refused(folder, tmp_path):
 def test_law_6_killed_and_started_again_the_file_is_the_same(folder, model, whole, tmp_path):
     out = tmp_path / "g.jsonl"
     code = f"from tests.synth.test_idk import killed; killed({str(folder)!r}, {str(out)!r})"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, capture_output=True)
-    assert run.returncode == -9, run.stderr.decode()
+    run = forks.run(["-c", code], cwd=ROOT)
+    assert run.returncode == -9, run.stderr
     assert not out.exists()
     done: list[int] = []
     write(folder, out, model=model, report=done.append)
