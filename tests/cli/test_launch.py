@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
 from ptl.callbacks.jsonl import METRICS_FILE, read_metrics
+from tests import forks
 from tests.objectives import law
 from tests.ranks import EXTENSIONS, ROOT, compile_extensions
 
@@ -22,9 +21,9 @@ def folder(tmp_path_factory):
 
 
 def fit(folder, run, devices, *more, start=("-m", "ptl.cli")):
-    """The losses of a run in processes of its own, and what it recorded of itself."""
+    """The losses of a run, and what it recorded of itself; the ranks that it starts are processes as any user's."""
     command = [
-        *(sys.executable, *start, "fit", "--model", "ptl.objectives.sft.SFT"),
+        *(*start, "fit", "--model", "ptl.objectives.sft.SFT"),
         *("--model.policy.name", f"{folder}/model", "--data.train", json.dumps([{"path": f"{folder}/rows.jsonl"}])),
         *("--data.max_length", "256", "--data.preparation.num_proc", "1", "--run.dir", str(run)),
         *("--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.devices", str(devices)),
@@ -38,8 +37,7 @@ def fit(folder, run, devices, *more, start=("-m", "ptl.cli")):
         "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    forks.run(command, environment, cwd=ROOT, timeout=200, check=True)
     rows = [row["train/loss"] for row in read_metrics(run / METRICS_FILE) if "train/loss" in row]
     return rows, json.loads((run / "environment.json").read_text())
 
@@ -51,7 +49,10 @@ def alone(folder):
     return losses
 
 
-@pytest.mark.parametrize("strategy", [["--trainer.strategy", "ddp"], ZERO], ids=["ddp", "zero2"])
+DDP = pytest.param(["--trainer.strategy", "ddp"], id="ddp", marks=pytest.mark.slow)  # torchrun's ranks below do it too
+
+
+@pytest.mark.parametrize("strategy", [DDP, pytest.param(ZERO, id="zero2")])
 def test_law_1_ranks_that_lightning_starts_train_as_one_process(folder, alone, tmp_path, strategy):
     """Such a rank must not wait for a meeting that the process which started it does not come to."""
     compile_extensions()
