@@ -3,6 +3,7 @@
 The environment is set before torch is imported: one thread a process, offline hubs, DeepSpeed on the CPU.
 """
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 1 if hasattr(getattr(item, "module", None), "run_ranks") else 2
 
     items.sort(key=length)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected by now stays: no later collection of garbage needs to look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

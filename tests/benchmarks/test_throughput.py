@@ -136,6 +136,7 @@ def test_peers_of_all_stages_are_one_table():
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_a_real_cell_is_recorded(tmp_path):
     words = ["run", "--layers", "1", "--hidden", "64", "--sequence", "64", "--steps", "4", "--warmup", "1"]
     assert command.main(["--results", str(tmp_path), *words, "--adapter", "lora:4"]) == 0

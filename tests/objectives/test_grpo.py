@@ -64,7 +64,7 @@ def echo(tmp_path_factory) -> Path:
     return rl.echo_folder(tmp_path_factory.mktemp("echo"))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_the_echo_task_is_learned_from_random_weights(echo, seed):
     """Reward above 0.8 by step 200 in three of three seeds."""
     L.seed_everything(seed, verbose=False)

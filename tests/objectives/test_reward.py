@@ -77,7 +77,9 @@ def held_out(objective, data, folder, name: str) -> dict[str, Any]:
     return measures_of(metric.compute())
 
 
-@pytest.mark.parametrize("kind", ["length", "keyword", "politeness"])
+@pytest.mark.parametrize(
+    "kind", ["length", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("keyword", "politeness"))]
+)
 def test_a_planted_preference_is_recovered(folder, kind):
     write_planted(folder / f"{kind}.jsonl", kind, 480, 0.0, seed=1)
     write_planted(folder / f"{kind}-held.jsonl", kind, 120, 0.0, seed=2)
