@@ -49,18 +49,22 @@ def assert_same(run: Path, whole: Path, *, exactly: bool = True) -> None:
         assert [row["step"] for row in rows_of(run)] == [row["step"] for row in rows_of(whole)]
 
 
+def uninterrupted(cluster, folder, run: Path, stage: int) -> Path:
+    job = cluster.submit(TRAIN, *arguments(folder, run, stage=stage), options=TWO)
+    assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    assert len(rows_of(run)) >= STEPS
+    return run
+
+
 @pytest.fixture(scope="module")
-def whole(cluster, folder, tmp_path_factory):
-    """Uninterrupted runs on two nodes, by ZeRO stage."""
-    base = tmp_path_factory.mktemp("whole")
-    jobs = {
-        stage: cluster.submit(TRAIN, *arguments(folder, base / f"zero{stage}", stage=stage), options=TWO)
-        for stage in (2, 3)
-    }
-    for stage, job in jobs.items():
-        assert cluster.wait(job) == "COMPLETED", cluster.output(job)
-        assert len(rows_of(base / f"zero{stage}")) >= STEPS
-    return base
+def zero2(cluster, folder, tmp_path_factory):
+    """An uninterrupted run on two nodes."""
+    return uninterrupted(cluster, folder, tmp_path_factory.mktemp("whole") / "zero2", 2)
+
+
+@pytest.fixture(scope="module")
+def zero3(cluster, folder, tmp_path_factory):
+    return uninterrupted(cluster, folder, tmp_path_factory.mktemp("whole") / "zero3", 3)
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +96,15 @@ def test_ranks_are_laid_out_as_asked(cluster, tmp_path):
     assert found == [[str(r), str(r // 2), str(r % 2), "2", "1", "127.0.0.1", port] for r in range(4)]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_zero_trains_on_two_nodes(whole, stage):
-    run = whole / f"zero{stage}"
+@pytest.mark.parametrize("stage", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_zero_trains_on_two_nodes(request, stage):
+    run = request.getfixturevalue(stage)
     environment = json.loads((run / "environment.json").read_text())
     assert environment["world_size"] == 2 and environment["nodes"] == 2
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
 
 
-def test_law_6_a_signalled_job_is_requeued_and_ends_as_a_whole_one(requeued, whole):
+def test_law_6_a_signalled_job_is_requeued_and_ends_as_a_whole_one(requeued, zero2):
     run, stopped, state, said = requeued
     assert state == "COMPLETED", said
     summary = json.loads((stopped / "summary.json").read_text())
@@ -108,7 +112,7 @@ def test_law_6_a_signalled_job_is_requeued_and_ends_as_a_whole_one(requeued, who
     assert "ended with code 85" in said and "attempt 2" in said
     starts = [row for row in attempts(run) if row["event"] == "start"]
     assert len(starts) == 2 and (run / "slurm/latest").resolve().name == "attempt_2"
-    assert_same(run, whole / "zero2")
+    assert_same(run, zero2)
 
 
 def test_law_6_the_signal_does_not_touch_loader_processes(requeued):
@@ -124,20 +128,21 @@ def test_law_6_both_attempts_are_one_wandb_run(requeued):
     assert {name.rpartition("-")[2] for name in fragments} == {json.loads((run / "run.json").read_text())["id"]}
 
 
-def test_law_6_two_nodes_work_goes_on_on_one(cluster, folder, requeued, whole, tmp_path):
+@pytest.mark.slow
+def test_law_6_two_nodes_work_goes_on_on_one(cluster, folder, requeued, zero2, tmp_path):
     _, stopped, *_ = requeued
     run = shutil.copytree(stopped, tmp_path / "run", symlinks=True)
     extra = ["--run.resume", "auto", "--trainer.accumulate_grad_batches", "4"]
     job = cluster.submit(TRAIN, *arguments(folder, run, *extra))
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
-    assert_same(run, whole / "zero2", exactly=False)
+    assert_same(run, zero2, exactly=False)
 
 
 @pytest.mark.slow
-def test_law_6_one_nodes_work_goes_on_on_two_and_other_runs_are_left_alone(cluster, folder, whole, tmp_path):
+def test_law_6_one_nodes_work_goes_on_on_two_and_other_runs_are_left_alone(cluster, folder, zero2, zero3, tmp_path):
     """Starts in a folder with another run's checkpoint, which must not be taken for its own."""
     run = tmp_path / "run"
-    shutil.copytree(whole / "zero3" / "checkpoints", run / "checkpoints")
+    shutil.copytree(zero3 / "checkpoints", run / "checkpoints")
     (run / "hpc_ckpt_1.ckpt").write_bytes(b"another program's")
     extra = [*SLOWLY, "--run.resume", "auto", "--trainer.accumulate_grad_batches", "4"]
     job = cluster.submit(TRAIN, *arguments(folder, run, *extra), PTL_MAX_RESTARTS="0")
@@ -148,10 +153,10 @@ def test_law_6_one_nodes_work_goes_on_on_two_and_other_runs_are_left_alone(clust
     assert rows_of(run)[0]["step"] == 0 and "another run" in (run / "slurm/latest/rank0.log").read_text()
     job = cluster.submit(TRAIN, *arguments(folder, run, "--run.resume", "auto"), options=TWO)
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
-    assert_same(run, whole / "zero2", exactly=False)
+    assert_same(run, zero2, exactly=False)
 
 
-def test_law_6_a_killed_rank_ends_the_job_at_once_and_loses_nothing(cluster, folder, whole, tmp_path):
+def test_law_6_a_killed_rank_ends_the_job_at_once_and_loses_nothing(cluster, folder, zero2, tmp_path):
     run = tmp_path / "run"
     more = [*SLOWLY, "--checkpoint.every_n_train_steps", "2"]
     job = cluster.submit(TRAIN, *arguments(folder, run, *more), options=TWO)
@@ -168,11 +173,11 @@ def test_law_6_a_killed_rank_ends_the_job_at_once_and_loses_nothing(cluster, fol
     assert re.search(r"ended with code (137|1),", cluster.output(job)), cluster.output(job)
     assert latest_checkpoint(run) is not None
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
-    assert_same(run, whole / "zero2")
+    assert_same(run, zero2)
 
 
 @pytest.mark.slow
-def test_law_6_the_time_limit_loses_nothing(cluster, folder, whole, tmp_path):
+def test_law_6_the_time_limit_loses_nothing(cluster, folder, zero2, tmp_path):
     """SLURM signals 30 to 90 seconds before the limit of two minutes: its clock ticks once a minute."""
     run = tmp_path / "run"
     slowly = ["--trainer.callbacks", '[{"class_path": "tests.slurm.slow.Slowly", "init_args": {"seconds": 4}}]']
@@ -181,7 +186,7 @@ def test_law_6_the_time_limit_loses_nothing(cluster, folder, whole, tmp_path):
     job = cluster.submit(TRAIN, *arguments(folder, run, *more), options=options, PTL_MAX_CRASHES="5")
     assert cluster.wait(job, seconds=600) == "COMPLETED", cluster.output(job)
     assert "(SIGUSR1); saved" in cluster.output(job)
-    assert_same(run, whole / "zero2")
+    assert_same(run, zero2)
 
 
 @pytest.mark.slow
@@ -263,7 +268,7 @@ def test_a_mistake_is_said_once_and_not_repeated(cluster, folder, tmp_path):
         return cluster.submit(script)
 
     job, without_srun = submitted("own", "srun "), submitted("bare", "")
-    wrong = cluster.submit(TRAIN, *arguments(folder, tmp_path / "wrong", "--model.policy.nmae", "x"), options=TWO)
+    wrong = cluster.submit(TRAIN, *arguments(folder, tmp_path / "wrong", "--model.policy.nmae", "x"))
     assert cluster.wait(job) == "FAILED"
     assert "trainer.devices is 2 and srun starts 1 tasks a node" in cluster.output(job)
     assert cluster.wait(without_srun) == "FAILED"
