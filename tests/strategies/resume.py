@@ -7,11 +7,13 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from ptl.strategies.deepspeed import ZeROStrategy
 from tests import ranks
@@ -52,34 +54,44 @@ def run(
     return module, fit
 
 
+class SaveBetween(Callback):
+    """Saves a checkpoint, and the weights beside it, when the first epoch is over."""
+
+    def __init__(self, ckpt: str) -> None:
+        self.ckpt, self.step = ckpt, 0
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.ckpt)
+            save_state(pl_module, Path(self.ckpt.removesuffix(".ckpt") + "-saved.pt"))
+            self.step = trainer.global_step
+
+
 def exact(folder: str, out: str, names: list[str]) -> dict[str, Any]:
-    """Two epochs in one run, and in two with a checkpoint between, on the same number of ranks."""
+    """Two epochs with a checkpoint between, and the second once more from there, on the same number of ranks."""
     results = {}
     for name in names:
-        whole, _ = run(folder, out, 2, **RUNS[name])
+        between = SaveBetween(f"{out}/{name}.ckpt")
+        whole, _ = run(folder, out, 2, callbacks=[between], **RUNS[name])
         save_state(whole, Path(out) / f"{name}-whole.pt")
-        first, fit = run(folder, out, 1, **RUNS[name])
-        ckpt = f"{out}/{name}.ckpt"
-        fit.save_checkpoint(ckpt)
-        save_state(first, Path(out) / f"{name}-saved.pt")
-        second, resumed = run(folder, out, 2, ckpt=ckpt, **RUNS[name])
-        save_state(second, Path(out) / f"{name}-parts.pt")
+        second, resumed = run(folder, out, 2, ckpt=between.ckpt, **RUNS[name])
+        save_state(second, Path(out) / f"{name}-resumed.pt")
         results[name] = {
             "whole": whole.losses,
-            "parts": [*first.losses, *second.losses],
-            "steps": [fit.global_step, resumed.global_step],
+            "resumed": second.losses,
+            "steps": [between.step, resumed.global_step],
         }
     return results
 
 
-def reshaped(folder: str, out: str, names: list[str], save: bool = False) -> dict[str, Any]:
-    """Goes on from checkpoints that another number of ranks made; with ``save``, leaves some of its own."""
+def reshaped(folder: str, out: str, names: list[str], save: Sequence[str] = ()) -> dict[str, Any]:
+    """Goes on from checkpoints that another number of ranks made; leaves some of its own under names to save."""
     results: dict[str, Any] = {}
     for name in names:
         module, _ = run(folder, out, 2, ckpt=f"{out}/{name}.ckpt", **RUNS[name])
         save_state(module, Path(out) / f"{name}-on-{ranks.world_size()}.pt")
         results[name] = {"losses": module.losses, "metric": _validate(folder, out, name)}
-        if save:
+        if name in save:
             _, fit = run(folder, out, 1, **RUNS[name])
             fit.save_checkpoint(f"{out}/back/{name}.ckpt")
     return results
@@ -136,9 +148,9 @@ def saving(folder: str, out: str, names: list[str], foreign: str) -> dict[str, A
     return {**results, "refusals": refusals(folder, out, foreign), "callback": callback(folder, out)}
 
 
-def other_ranks(folder: str, out: str, names: list[str]) -> dict[str, Any]:
+def other_ranks(folder: str, out: str, names: list[str], back: list[str]) -> dict[str, Any]:
     """On one rank: goes on from two ranks' checkpoints, saves some of its own, and meets one that it cannot take."""
-    return {"reshaped": reshaped(folder, out, names, save=True), **refused_conversion(folder, out)}
+    return {"reshaped": reshaped(folder, out, names, save=back), **refused_conversion(folder, out)}
 
 
 def callback(folder: str, out: str) -> dict[str, Any]:
