@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests import forks
+
 ROOT = Path(__file__).resolve().parents[2]
 RATES, SEEDS, STEPS = ("3e-3", "1e-2"), 3, 6
 
@@ -88,10 +90,14 @@ def ptl(*arguments: str | Path, cwd: Path | None = None) -> Done:
 
 
 def ptl_process(*arguments: str | Path, **variables: str) -> Done:
-    """Runs ``ptl`` in a process of its own with other variables."""
+    """Runs ``ptl`` in a process of its own with other variables; with another PYTHONPATH, in a fresh one."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-    words = [sys.executable, "-m", "ptl.cli", *map(str, arguments)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=env, check=False)
+    words = ["-m", "ptl.cli", *map(str, arguments)]
+    if "PYTHONPATH" in variables:
+        command = [sys.executable, *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
+    else:
+        done = forks.run(words, env)
     return Done(done.returncode, done.stdout, done.stderr)
 
 

@@ -455,6 +455,7 @@ def test_where_a_report_is_refused_the_pages_are_written(variables, real, tmp_pa
 
 def test_without_a_server_run_folders_are_compared(variables, real, tmp_path):
     gone = {**variables, "WANDB_BASE_URL": "http://127.0.0.1:1", "WANDB_HTTP_TIMEOUT": "2"}
+    gone["PYTHONPATH"] = str(ROOT)  # fresh processes: W&B reads that time at its import
     asked = ("--project", "lab/p", "--report", "--out", tmp_path / "out")
     done = ptl_process("compare", real / "runs", *asked, **gone)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1

@@ -33,7 +33,7 @@ def precision(folder: str, out: str) -> dict[str, Any]:
         for stage in (0, 1, 2, 3):
             module = Half(folder)
             strategy = ZeROStrategy(stage=stage, config=CUT_ALL)
-            fit = trainer(strategy, out, precision=name, accumulate_grad_batches=4, max_epochs=2)
+            fit = trainer(strategy, out, precision=name, accumulate_grad_batches=4, max_epochs=1)
             fit.fit(module, loader(8, 4))
             save_state(module, Path(out) / f"{name}-{stage}.pt")
             torch.save(module.buffers, Path(out) / f"{name}-{stage}-buffers.pt")
@@ -47,7 +47,7 @@ def precision(folder: str, out: str) -> dict[str, Any]:
     for stage in (2, 3):
         module = Half(folder)
         config = {**CUT_ALL, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
-        fit = trainer(ZeROStrategy(stage=stage, config=config), out, accumulate_grad_batches=4, max_epochs=2)
+        fit = trainer(ZeROStrategy(stage=stage, config=config), out, accumulate_grad_batches=4, max_epochs=1)
         fit.fit(module, loader(8, 4))
         results[f"autocast-{stage}"] = {"dtypes": module.dtypes, "losses": module.losses, "norms": module.norms}
     results["skipped"] = {stage: _skipped(folder, out, stage) for stage in (1, 2, 3)}
@@ -188,7 +188,6 @@ class Offloaded(Tiny):
 
 ADAMW: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
 OFFLOAD: dict[str, dict[str, Any]] = {
-    "1": {"stage": 1, "offload_optimizer": True},
     "2": {"stage": 2, "offload_optimizer": True},
     "3": {"stage": 3, "offload_optimizer": True},
     "3-parameters": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},

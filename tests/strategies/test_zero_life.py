@@ -27,7 +27,7 @@ def life(tmp_path_factory, model_folder):
 def test_bf16_trains_near_fp32(life, model_folder, name):
     out, results = life
     folder = str(model_folder)
-    model, losses, norms = scenarios.reference(folder, micro_steps=8, accumulate=4, epochs=2)
+    model, losses, norms = scenarios.reference(folder, micro_steps=8, accumulate=4, epochs=1)
     result = results[0]["precision"][name]
     assert result["dtypes"][1] == "torch.bfloat16"
     assert result["losses"] == pytest.approx(losses, rel=5e-3)
@@ -40,7 +40,7 @@ def test_bf16_trains_near_fp32(life, model_folder, name):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_autocast_over_fp32_weights_is_a_config_away(life, model_folder, stage):
-    _, losses, norms = scenarios.reference(str(model_folder), micro_steps=8, accumulate=4, epochs=2)
+    _, losses, norms = scenarios.reference(str(model_folder), micro_steps=8, accumulate=4, epochs=1)
     result = life[1][0]["precision"][f"autocast-{stage}"]
     assert result["dtypes"][1] == "torch.float32"
     assert result["losses"] == pytest.approx(losses, rel=5e-3) and result["losses"] != pytest.approx(losses, rel=1e-7)
