@@ -20,6 +20,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import runpy
 import select
 import shutil
@@ -35,6 +36,8 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
+import ptl
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = "PTL_TEST_FORKS"
 IMPORTS = (
@@ -46,8 +49,12 @@ IMPORTS = (
     "torchmetrics",
     "transformers.models.llama.modeling_llama",
     "omegaconf",
-    "ptl.trainer_cli",
+    "pytest",
+    "tests.callbacks.parts",
+    "tests.objectives.rl",
+    "tests.strategies.scenarios",
 )
+"""And all modules of ``ptl``."""
 _LARGEST = 1 << 20
 """Bytes of a job at most, its environment included."""
 
@@ -243,8 +250,10 @@ def _forks(parity: int) -> _Forks:
 def main() -> None:
     """A message a job, with its three streams; ``[pid, null]`` and ``[pid, code]`` are the answers to it."""
     listening, owner = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
-    for name in IMPORTS:
-        importlib.import_module(name)
+    own = (module.name for module in pkgutil.walk_packages(ptl.__path__, "ptl.") if "__main__" not in module.name)
+    for name in (*IMPORTS, *own):
+        with contextlib.suppress(ImportError):  # of what is not installed here
+            importlib.import_module(name)
     _load_extensions()
     gc.collect()
     gc.freeze()  # so that a collection in a fork does not copy every page
