@@ -11,7 +11,7 @@ import base64
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MASK = "[redacted]"
@@ -83,7 +83,11 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
         text: anything that is about to be written.
         environ: where secret values are looked up; the process environment by default.
     """
-    for value in secret_values(environ):
+    return _redacted(text, secret_values(environ))
+
+
+def _redacted(text: str, secrets: Sequence[str]) -> str:
+    for value in secrets:
         text = text.replace(value, MASK)
     text = _SHAPES.sub(MASK, text)
     text = _URL_USER.sub(rf"\1{MASK}@", text)
@@ -115,18 +119,22 @@ def redact_tree(value: Any, environ: Mapping[str, str] | None = None) -> Any:
 
     Dicts, lists and tuples are rebuilt, strings redacted, everything else is given back as it is.
     """
+    return _redacted_tree(value, secret_values(environ))
+
+
+def _redacted_tree(value: Any, secrets: Sequence[str]) -> Any:
     if isinstance(value, Mapping):
         return {
             key: MASK
             if isinstance(key, str) and isinstance(item, str) and item and _SECRET_KEY.match(key)
-            else redact_tree(item, environ)
+            else _redacted_tree(item, secrets)
             for key, item in value.items()
         }
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(redact_tree(item, environ) for item in value))
+        return type(value)(*(_redacted_tree(item, secrets) for item in value))
     if isinstance(value, list | tuple):
-        return type(value)(redact_tree(item, environ) for item in value)
-    return redact(value, environ) if isinstance(value, str) else value
+        return type(value)(_redacted_tree(item, secrets) for item in value)
+    return _redacted(value, secrets) if isinstance(value, str) else value
 
 
 class SecretFilter(logging.Filter):

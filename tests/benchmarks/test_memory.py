@@ -7,6 +7,7 @@ import pytest
 from benchmarks.memory import Case, compare
 
 
+@pytest.mark.slow
 def test_the_plain_side_is_the_leanest_and_a_small_head_needs_a_quarter_of_it():
     case = Case(vocab=151_936, hidden=64, dtype="fp32", adapter="full", device="cpu", tokens=320)
     line = compare(case, runs=1, timeout=120)

@@ -32,6 +32,7 @@ def test_the_cases_of_a_gpu_are_planned_without_the_drivers_share():
         assert abs(line["error"]) < 1e-6 and line["net_error"] == line["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_real_run_takes_what_is_planned():
     case = Case(name="quick", layers=10, vocab=8192, sequence=128)

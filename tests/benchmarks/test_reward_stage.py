@@ -64,7 +64,7 @@ def test_refuses_what_does_not_divide(make_spec, more):
 
 
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("more", [("--answers", "2"), ("--answers", "3")])
+@pytest.mark.parametrize("more", [pytest.param(("--answers", "2"), marks=pytest.mark.slow), ("--answers", "3")])
 def test_both_sides_do_the_same_work_and_agree_on_the_losses(make_spec, more):
     pytest.importorskip("trl")
     spec = make_spec(*more)

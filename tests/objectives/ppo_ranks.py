@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+
 from tests.objectives import law, ppo_rl
 
 STEPS = 6
@@ -12,35 +14,44 @@ HOW: dict[str, Any] = {"micro": 2, "rollout": {"minibatches": 2, "epochs": 2}, "
 """Two steps of prompts, walked twice: a rollout serves four steps."""
 
 
-def fit(folder: str, strategy: str, steps: int, resume: str | None = None, **options: Any):
-    import lightning as L
+class SaveAt(L.Callback):
+    """Saves after some of the steps, and keeps the weights of then: paths by step."""
 
+    def __init__(self, paths: dict[int, str]) -> None:
+        self.paths, self.weights = paths, {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        step = trainer.global_step
+        if step in self.paths and step not in self.weights:
+            trainer.save_checkpoint(self.paths[step])
+            self.weights[step] = {name: value.clone() for name, value in weights(pl_module).items()}
+
+
+def fit(folder: str, strategy: str, steps: int, *callbacks: L.Callback, resume: str | None = None, **options: Any):
     L.seed_everything(7, verbose=False)
     objective, data = ppo_rl.build(folder, **{**HOW, **options})
-    made = law.trainer_of(folder, strategy, 2, 1, max_epochs=-1, max_steps=steps)
+    made = law.trainer_of(folder, strategy, 2, 1, max_epochs=-1, max_steps=steps, callbacks=[*callbacks])
     made.fit(objective, datamodule=data, ckpt_path=resume)
     return objective, made
 
 
 def resumed(folder: str, cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """By case, how runs that stopped after some of the steps and went on compare with one that did not stop."""
+    """By case, how runs that go on after some of the steps compare with the one that saved there."""
     return {case["name"]: _resumed(folder, **case) for case in cases}
 
 
 def _resumed(folder: str, name: str, strategy: str, stops: list[int], **options: Any) -> dict[str, Any]:
     import torch
 
-    whole, _ = fit(folder, strategy, STEPS, **options)
+    save = SaveAt({stop: str(Path(folder) / f"{name}-{stop}.ckpt") for stop in stops})
+    whole, _ = fit(folder, strategy, STEPS, save, **options)
     expected = weights(whole)
     found: dict[str, Any] = {}
     for stop in stops:
-        stopped, trainer = fit(folder, strategy, stop, **options)
-        path = str(Path(folder) / f"{name}-{stop}.ckpt")
-        trainer.save_checkpoint(path)
-        again, _ = fit(folder, strategy, STEPS, resume=path, **options)
+        again, _ = fit(folder, strategy, STEPS, resume=save.paths[stop], **options)
         found[str(stop)] = {
             "distance": distance(weights(again), expected),
-            "moved": distance(weights(stopped), expected),
+            "moved": distance(save.weights[stop], expected),
             "answers": answers(again) == answers(whole),
             "targets": targets(again) == targets(whole),
             "normaliser": again.normaliser.state_dict() == whole.normaliser.state_dict(),

@@ -7,14 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+
 from ptl.rewards.base import Completion, Outcome, Reward
 from tests.objectives import law, rl
 from tests.ranks import rank
 
 
-def fit(folder: str, strategy: str, steps: int, resume: str | None = None, trainer=None, **options: Any):
-    import lightning as L
+class SaveAt(L.Callback):
+    """Saves after some of the steps: paths by step."""
 
+    def __init__(self, paths: dict[int, str]) -> None:
+        self.paths = paths
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step in self.paths:
+            trainer.save_checkpoint(self.paths.pop(trainer.global_step))
+
+
+def fit(folder: str, strategy: str, steps: int, resume: str | None = None, trainer=None, **options: Any):
     L.seed_everything(7, verbose=False)
     objective, data = rl.build(folder, **{"micro": 2, **options})
     made = law.trainer_of(folder, strategy, 2, 1, max_epochs=-1, max_steps=steps, **(trainer or {}))
@@ -48,18 +59,16 @@ def few(folder: str, out: str) -> int:
 
 
 def resumed(folder: str, out: str, strategy: str) -> dict[str, Any]:
-    """How far the weights of a run that stopped within a rollout end from those of one that did not."""
+    """How far the weights of a run that goes on within a rollout end from those of the one that saved there."""
     import torch
 
     from ptl.strategies.deepspeed import consolidated_state_dict
 
     options = {"minibatches": 2, "epochs": 2, "lr": 0.2}
-    whole, _ = fit(folder, strategy, 6, **options)
+    path = str(Path(folder) / f"{strategy}.ckpt")
+    whole, _ = fit(folder, strategy, 6, trainer={"callbacks": [SaveAt({3: path})]}, **options)
     expected = consolidated_state_dict(whole.policy)
     answers = [answer.ids.tolist() for group in whole.rollouts.buffer.groups for answer in group.answers]
-    _, trainer = fit(folder, strategy, 3, **options)
-    path = str(Path(folder) / f"{strategy}.ckpt")
-    trainer.save_checkpoint(path)
     again, _ = fit(folder, strategy, 6, resume=path, **options)
     found = consolidated_state_dict(again.policy)
     distance = max((float((found[k] - expected[k]).abs().max()) for k in expected), default=0.0)

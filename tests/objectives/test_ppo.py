@@ -313,7 +313,7 @@ def wide(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("critic", [None, "critic"])
+@pytest.mark.parametrize("critic", [pytest.param(None, marks=pytest.mark.slow), "critic"])
 def test_a_policy_in_four_bits_learns_and_its_codes_stay(wide, critic):
     """Adapters, and the critic's head, are all that moves; the reference is the base in its codes."""
     pytest.importorskip("bitsandbytes")

@@ -78,7 +78,7 @@ def held_out(objective, data, folder, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["length", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("keyword", "politeness"))]
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in ("length", "keyword", "politeness")]
 )
 def test_a_planted_preference_is_recovered(folder, kind):
     write_planted(folder / f"{kind}.jsonl", kind, 480, 0.0, seed=1)

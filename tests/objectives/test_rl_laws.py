@@ -23,7 +23,7 @@ SPLITS = [
     {"name": "zero3-2x1x4", "strategy": "zero3", "world_size": 2, "accumulate": 1, "micro": 4},
 ]
 WHOLE = {"name": "1x8", "accumulate": 1, "micro": 8}
-FEW = [SPLITS[0], SPLITS[3]]
+FEW = [SPLITS[3]]
 OLD = {"minibatches": 2, "epochs": 2, "steps": 6}
 KINDS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "dapo": ({}, SPLITS),

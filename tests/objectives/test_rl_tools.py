@@ -103,6 +103,7 @@ def test_law_3_what_a_tool_said_is_read_and_never_trained(folder, engine, model)
     assert objective.rollouts.buffer.restored([buffer.state()], np.array([g.position for g in buffer.groups]))
 
 
+@pytest.mark.slow
 def test_a_policy_learns_to_ask_a_tool(folder):
     L.seed_everything(0, verbose=False)
     objective = objective_of(folder)

@@ -112,6 +112,7 @@ def test_a_stage_without_the_export_that_it_needs_does_not_start(cluster, tmp_pa
     assert "sft/stage.json is missing: the stage before has exported nothing" in cluster.output(job)
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_each_line_once(cluster, rows, tmp_path):
     listed = tmp_path / "lrs.txt"
     listed.write_text("# rates\n" + "".join(f"--model.optimizer.lr {lr}\n" for lr in ("1e-2", "1e-3")))

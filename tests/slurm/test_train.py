@@ -156,6 +156,7 @@ def test_law_6_one_nodes_work_goes_on_on_two_and_other_runs_are_left_alone(clust
     assert_same(run, zero2, exactly=False)
 
 
+@pytest.mark.slow
 def test_law_6_a_killed_rank_ends_the_job_at_once_and_loses_nothing(cluster, folder, zero2, tmp_path):
     run = tmp_path / "run"
     more = [*SLOWLY, "--checkpoint.every_n_train_steps", "2"]
