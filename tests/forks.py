@@ -369,6 +369,7 @@ def _program(words: list[str]) -> None:
     elif first == "-m":
         name, *arguments = rest
         sys.argv = [name, *arguments]
+        sys.modules.pop(name, None)  # which runpy would warn of
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:
         sys.argv = [first, *rest]

@@ -32,7 +32,8 @@ def test_a_measurement_is_read_off_the_line_through_two():
     assert line_through([10, 20], runs, 80) == {"peak_mib": 660.0, "seconds": 8.0}
 
 
-@pytest.mark.parametrize(("free", "measured"), [pytest.param(1 << 60, [1024], marks=pytest.mark.slow), (0, [128, 256])])
+@pytest.mark.slow
+@pytest.mark.parametrize(("free", "measured"), [(1 << 60, [1024]), (0, [128, 256])])
 def test_the_naive_side_holds_five_tensors_of_logits_measured_or_on_the_line(monkeypatch, free, measured):
     monkeypatch.setattr(divergence_memory, "free_bytes", lambda device: free)
     case = Case(tokens=1024, vocab=100_000, hidden=8, teacher_hidden=12)

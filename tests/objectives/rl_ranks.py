@@ -38,7 +38,7 @@ def run(folder: str, out: str) -> dict[str, Any]:
     return {
         "same_prompt": same_prompt(folder, out),
         "few": few(folder, out),
-        "resumed": {strategy: resumed(folder, out, strategy) for strategy in ("ddp", "zero2", "zero3")},
+        "resumed": {strategy: resumed(folder, out, strategy) for strategy in ("ddp", "zero3")},
         "evaluated": evaluated(folder),
     }
 

@@ -10,6 +10,7 @@ from tests.ranks import ROOT
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_both_nodes_of_a_job_are_compared(cluster, tmp_path):
     script, path = tmp_path / "doctor.sbatch", tmp_path / "report.json"
     script.write_text(

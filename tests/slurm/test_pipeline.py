@@ -46,6 +46,7 @@ def words(folder: Path, file: str, *extra: str, policy: bool = False) -> str:
     return f"{kept} --data.train.path {folder}/{file}"
 
 
+@pytest.mark.slow
 def test_three_stages_take_each_others_exports(cluster, rows, tmp_path):
     study = tmp_path / "study"
     said = script(

@@ -96,7 +96,8 @@ def test_ranks_are_laid_out_as_asked(cluster, tmp_path):
     assert found == [[str(r), str(r // 2), str(r % 2), "2", "1", "127.0.0.1", port] for r in range(4)]
 
 
-@pytest.mark.parametrize("stage", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_zero_trains_on_two_nodes(request, stage):
     run = request.getfixturevalue(stage)
     environment = json.loads((run / "environment.json").read_text())
@@ -104,6 +105,7 @@ def test_zero_trains_on_two_nodes(request, stage):
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_law_6_a_signalled_job_is_requeued_and_ends_as_a_whole_one(requeued, zero2):
     run, stopped, state, said = requeued
     assert state == "COMPLETED", said
@@ -115,12 +117,14 @@ def test_law_6_a_signalled_job_is_requeued_and_ends_as_a_whole_one(requeued, zer
     assert_same(run, zero2)
 
 
+@pytest.mark.slow
 def test_law_6_the_signal_does_not_touch_loader_processes(requeued):
     run, *_ = requeued
     logs = "".join(path.read_text() for path in run.glob("slurm/attempt_*/rank*.log"))
     assert "DataLoader worker" not in logs and "Traceback" not in logs
 
 
+@pytest.mark.slow
 def test_law_6_both_attempts_are_one_wandb_run(requeued):
     run, *_ = requeued
     fragments = [path.name for path in (run / "wandb").glob("offline-run-*")]
@@ -254,6 +258,7 @@ def test_where_a_job_may_not_be_requeued_a_new_one_takes_over(cluster, tmp_path)
     assert "restart 1" in said and "stopped: started again 1 times already" in said
 
 
+@pytest.mark.slow
 def test_a_mistake_is_said_once_and_not_repeated(cluster, folder, tmp_path):
     """Tasks and devices that differ are found on every rank, before anybody waits for anybody."""
     head, pair = (

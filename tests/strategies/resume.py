@@ -29,7 +29,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "3-bf16": {"stage": 3, "precision": "bf16-true"},
     "2-lora": {"stage": 2, "lora": True},
     "3-lora": {"stage": 3, "lora": True},
-    "2-qlora": {"stage": 2, "lora": True, "nf4": True},
     "3-qlora": {"stage": 3, "lora": True, "nf4": True},
     "3-offload": {"stage": 3, "offload_optimizer": True},
 }
