@@ -52,7 +52,7 @@ def taught(form="tags"):
     renderer = Renderer(tokenizer, "chatml")
     model = tiny.make_model(len(tokenizer), hidden=64, seed=0)
     rows = [renderer.render(conversation)[0] for conversation in dialogues(form)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(400):
         total = torch.zeros(())
         for row in rows:

@@ -84,7 +84,7 @@ def test_folders_and_wandb_files_give_equal_numbers(real, folders):
 
 def test_the_numbers_are_those_of_wandb_s_own_tool(real, folders):
     runs = runs_by_name(folders)
-    for folder in offline(real):
+    for folder in offline(real)[:2]:
         records = inspected(folder)
         config = next(r["config"]["update"] for r in records if "run" in r.get("config", {}).get("update", {}))
         name = Path(config["run"]["dir"]).name

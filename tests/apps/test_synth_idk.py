@@ -101,10 +101,10 @@ def test_other_bounds_ask_nothing_again(folder, monkeypatch):
 
 
 def test_law_7_processes_write_the_same_files(folder, capsys, monkeypatch):
-    assert main([*FREE, "--batch-tokens", "4000"]) == 0
+    assert main([*FREE, "--batch-tokens", "8000"]) == 0
     whole = [(folder / f"i.{end}").read_bytes() for end in ("jsonl", "held_out.jsonl", "manifest.json")]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    shared = [*FREE, "--out", "j.jsonl", "--batch-tokens", "4000"]
+    shared = [*FREE, "--out", "j.jsonl", "--batch-tokens", "8000"]
     capsys.readouterr()
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
