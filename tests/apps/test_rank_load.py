@@ -52,6 +52,7 @@ class Annotator(threading.Thread):
         raise AssertionError("the server did not come back")
 
 
+@pytest.mark.slow
 def test_nothing_acknowledged_is_lost_when_the_server_is_killed_under_load(tmp_path):
     file = write_rows(tmp_path / "c.jsonl", [row(i) for i in range(PROMPTS)])
     out = tmp_path / "out.jsonl"

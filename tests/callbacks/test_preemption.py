@@ -64,7 +64,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("settings", "apart"), [
     ({"log_every_n_steps": 1}, 4),
     ({"log_every_n_steps": 4, "val_check_interval": 8}, 3),
-    ({"log_every_n_steps": 3, "val_check_interval": 10, "check_val_every_n_epoch": None}, 1),
+    ({"log_every_n_steps": 3, "val_check_interval": 10, "check_val_every_n_epoch": None}, 2),
 ], ids=["every-step", "val-in-epoch", "val-across-epochs"])  # fmt: skip
 def test_law_6_a_run_that_left_at_any_step_logs_and_learns_what_a_whole_one_does(folder, tmp_path, settings, apart):
     options = {**settings, "data_options": {"val_fraction": 0.2}}

@@ -49,10 +49,8 @@ def alone(folder):
     return losses
 
 
-DDP = pytest.param(["--trainer.strategy", "ddp"], id="ddp", marks=pytest.mark.slow)  # torchrun's ranks below do it too
-
-
-@pytest.mark.parametrize("strategy", [DDP, pytest.param(ZERO, id="zero2")])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [["--trainer.strategy", "ddp"], ZERO], ids=["ddp", "zero2"])
 def test_law_1_ranks_that_lightning_starts_train_as_one_process(folder, alone, tmp_path, strategy):
     """Such a rank must not wait for a meeting that the process which started it does not come to."""
     compile_extensions()

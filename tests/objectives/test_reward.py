@@ -77,9 +77,8 @@ def held_out(objective, data, folder, name: str) -> dict[str, Any]:
     return measures_of(metric.compute())
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in ("length", "keyword", "politeness")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["length", "keyword", "politeness"])
 def test_a_planted_preference_is_recovered(folder, kind):
     write_planted(folder / f"{kind}.jsonl", kind, 480, 0.0, seed=1)
     write_planted(folder / f"{kind}-held.jsonl", kind, 120, 0.0, seed=2)
@@ -87,6 +86,7 @@ def test_a_planted_preference_is_recovered(folder, kind):
     assert held_out(objective, data, folder, f"{kind}-held.jsonl")["accuracy"] >= 0.95
 
 
+@pytest.mark.slow
 def test_a_planted_preference_is_recovered_from_pairs_a_fifth_of_which_are_flipped(folder):
     write_planted(folder / "noisy.jsonl", "keyword", 800, 0.2, seed=3)
     write_planted(folder / "clean-held.jsonl", "keyword", 200, 0.0, seed=4)
