@@ -56,7 +56,7 @@ IMPORTS = (
 )
 """And all modules of ``ptl``."""
 _LARGEST = 1 << 20
-"""Bytes of a job at most, its environment included."""
+"""Bytes of a job at most, its environment included; the kernel may allow less."""
 
 
 def share() -> None:
@@ -259,7 +259,7 @@ def main() -> None:
     gc.freeze()  # so that a collection in a fork does not copy every page
     clients: list[socket.socket] = []
     children: dict[int, socket.socket] = {}
-    while _lives(owner):
+    while lives(owner):
         for ready in select.select([listening, *clients], [], [], 0.05 if children else 1.0)[0]:
             if ready is listening:
                 clients.append(listening.accept()[0])
@@ -296,7 +296,8 @@ def _load_extensions() -> None:
         load_extension(builder)
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
+    """Whether a process of that number runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

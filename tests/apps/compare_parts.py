@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,15 +90,21 @@ def ptl(*arguments: str | Path, cwd: Path | None = None) -> Done:
 
 
 def ptl_process(*arguments: str | Path, **variables: str) -> Done:
-    """Runs ``ptl`` in a process of its own with other variables; with another PYTHONPATH, in a fresh one."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-    words = ["-m", "ptl.cli", *map(str, arguments)]
-    if "PYTHONPATH" in variables:
-        command = [sys.executable, *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
-    else:
-        done = forks.run(words, env)
+    """Runs ``ptl`` in a process of its own with other variables."""
+    done = forks.run(["-m", "ptl.cli", *arguments], _environment(variables))
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def ptl_fresh(*arguments: str | Path, **variables: str) -> Done:
+    """Runs ``ptl`` in a process that has imported nothing, for variables that are read at an import."""
+    words = [sys.executable, "-m", "ptl.cli", *map(str, arguments)]
+    env = _environment(variables)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=env, check=False)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def _environment(variables: Mapping[str, str]) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
 
 
 def compared(*arguments: str | Path, run: Callable[..., Done] = ptl, **options: Any) -> dict[str, Any]:

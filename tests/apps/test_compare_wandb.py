@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import tiny
-from tests.apps.compare_parts import RATES, ROOT, SEEDS, STEPS, compared, ptl, ptl_process, runs_by_name
+from tests.apps.compare_parts import RATES, ROOT, SEEDS, STEPS, compared, ptl, ptl_fresh, ptl_process, runs_by_name
 from tests.objectives import law
 from tests.ranks import run_ranks
 
@@ -145,8 +145,8 @@ def path_without(package: str, folder: Path) -> str:
 
 def test_without_wandb_folders_work_and_wandb_files_are_refused(real, tmp_path):
     path = path_without("wandb", tmp_path)
-    assert ptl_process("compare", real / "runs", PYTHONPATH=path).returncode == 0
-    refused = ptl_process("compare", real / "wandb", PYTHONPATH=path)
+    assert ptl_fresh("compare", real / "runs", PYTHONPATH=path).returncode == 0
+    refused = ptl_fresh("compare", real / "wandb", PYTHONPATH=path)
     assert refused.returncode == 2 and "pip install wandb" in refused.stderr and "Traceback" not in refused.stderr
 
 
@@ -454,15 +454,14 @@ def test_where_a_report_is_refused_the_pages_are_written(variables, real, tmp_pa
 
 
 def test_without_a_server_run_folders_are_compared(variables, real, tmp_path):
-    gone = {**variables, "WANDB_BASE_URL": "http://127.0.0.1:1", "WANDB_HTTP_TIMEOUT": "2"}
-    gone["PYTHONPATH"] = str(ROOT)  # fresh processes: W&B reads that time at its import
+    gone = {**variables, "WANDB_BASE_URL": "http://127.0.0.1:1", "WANDB_HTTP_TIMEOUT": "2"}  # read at W&B's import
     asked = ("--project", "lab/p", "--report", "--out", tmp_path / "out")
-    done = ptl_process("compare", real / "runs", *asked, **gone)
+    done = ptl_fresh("compare", real / "runs", *asked, **gone)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "which cannot be read from W&B" in done.stderr and "no report is written" in done.stderr
     page = (tmp_path / "out" / "compare.md").read_text()
     assert "Comparison of 6 runs in 2 groups" in page and "The runs of lab/p are missing" in page
-    alone = ptl_process("compare", *asked, **gone)
+    alone = ptl_fresh("compare", *asked, **gone)
     assert alone.returncode == 2 and len(alone.stderr.splitlines()) == 1 and not alone.stdout
 
 
@@ -488,7 +487,7 @@ def test_a_service_process_that_never_ends_does_not_keep_the_command(variables):
 def test_without_the_package_a_report_is_refused_at_once(variables, tmp_path):
     path = path_without("wandb_workspaces", tmp_path)
     asked = ("--project", "lab/p", "--out", tmp_path / "out")
-    refused = ptl_process("compare", *asked, "--report", **variables, PYTHONPATH=path)
+    refused = ptl_fresh("compare", *asked, "--report", **variables, PYTHONPATH=path)
     assert refused.returncode == 2 and "pip install 'ptl[report]'" in refused.stderr and not Server.asked
     assert len(refused.stderr.splitlines()) == 1
-    assert ptl_process("compare", *asked, **variables, PYTHONPATH=path).returncode == 0
+    assert ptl_fresh("compare", *asked, **variables, PYTHONPATH=path).returncode == 0

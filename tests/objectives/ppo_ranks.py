@@ -8,23 +8,11 @@ from typing import Any
 import lightning as L
 
 from tests.objectives import law, ppo_rl
+from tests.objectives.rl_ranks import SaveAt
 
 STEPS = 6
 HOW: dict[str, Any] = {"micro": 2, "rollout": {"minibatches": 2, "epochs": 2}, "sgd": False, "lr": 1e-2}
 """Two steps of prompts, walked twice: a rollout serves four steps."""
-
-
-class SaveAt(L.Callback):
-    """Saves after some of the steps, and keeps the weights of then: paths by step."""
-
-    def __init__(self, paths: dict[int, str]) -> None:
-        self.paths, self.weights = paths, {}
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        step = trainer.global_step
-        if step in self.paths and step not in self.weights:
-            trainer.save_checkpoint(self.paths[step])
-            self.weights[step] = {name: value.clone() for name, value in weights(pl_module).items()}
 
 
 def fit(folder: str, strategy: str, steps: int, *callbacks: L.Callback, resume: str | None = None, **options: Any):
@@ -43,7 +31,7 @@ def resumed(folder: str, cases: list[dict[str, Any]]) -> dict[str, Any]:
 def _resumed(folder: str, name: str, strategy: str, stops: list[int], **options: Any) -> dict[str, Any]:
     import torch
 
-    save = SaveAt({stop: str(Path(folder) / f"{name}-{stop}.ckpt") for stop in stops})
+    save = SaveAt({stop: str(Path(folder) / f"{name}-{stop}.ckpt") for stop in stops}, copied)
     whole, _ = fit(folder, strategy, STEPS, save, **options)
     expected = weights(whole)
     found: dict[str, Any] = {}
@@ -51,7 +39,7 @@ def _resumed(folder: str, name: str, strategy: str, stops: list[int], **options:
         again, _ = fit(folder, strategy, STEPS, resume=save.paths[stop], **options)
         found[str(stop)] = {
             "distance": distance(weights(again), expected),
-            "moved": distance(save.weights[stop], expected),
+            "moved": distance(save.said[stop], expected),
             "answers": answers(again) == answers(whole),
             "targets": targets(again) == targets(whole),
             "normaliser": again.normaliser.state_dict() == whole.normaliser.state_dict(),
@@ -72,6 +60,10 @@ def weights(objective: Any) -> dict[str, Any]:
         for part, module in parts.items()
         for name, value in consolidated_state_dict(module).items()
     }
+
+
+def copied(objective: Any) -> dict[str, Any]:
+    return {name: value.clone() for name, value in weights(objective).items()}
 
 
 def distance(one: dict[str, Any], other: dict[str, Any]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ from tests.ranks import rank
 
 
 class SaveAt(L.Callback):
-    """Saves after some of the steps: paths by step."""
+    """Saves after some of the steps, and keeps what the objective says of itself then: paths by step."""
 
-    def __init__(self, paths: dict[int, str]) -> None:
-        self.paths = paths
+    def __init__(self, paths: dict[int, str], say: Callable[[Any], Any] = lambda objective: None) -> None:
+        self.paths, self.say, self.said = paths, say, {}
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_step in self.paths:
-            trainer.save_checkpoint(self.paths.pop(trainer.global_step))
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        step = trainer.global_step
+        if step in self.paths and step not in self.said:
+            trainer.save_checkpoint(self.paths[step])
+            self.said[step] = self.say(pl_module)
 
 
 def fit(folder: str, strategy: str, steps: int, resume: str | None = None, trainer=None, **options: Any):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import ranks
+from tests import forks, ranks
 from tests.ranks import RanksFailedError, run_ranks
 
 HERE = "tests.strategies.test_ranks"
@@ -33,14 +33,6 @@ def fail_on(bad: int, folder: str) -> None:
     time.sleep(3600)
 
 
-def running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def test_results_come_in_rank_order():
     results = run_ranks(f"{HERE}:add_ranks", 2, {"base": 10}, timeout=60)
     assert results == [{"rank": rank, "world": 2, "sum": 21} for rank in (0, 1)]
@@ -55,7 +47,7 @@ def test_a_rank_that_fails_is_shown_and_ends_the_others(tmp_path, monkeypatch):
     assert "the other rank waits" in str(error.value)
     assert time.monotonic() - start < 30
     pids = [int(path.read_text()) for path in tmp_path.glob("*.pid")]
-    assert len(pids) == 2 and not any(running(pid) for pid in pids)
+    assert len(pids) == 2 and not any(forks.lives(pid) for pid in pids)
 
 
 def test_a_hang_ends_at_the_limit_with_the_stacks(tmp_path):
