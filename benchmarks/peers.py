@@ -88,6 +88,7 @@ def show(side: str, run: Measured, warmup: int) -> None:
         f"{run.peak_bytes / 1e9:6.2f} GB ({run.start_bytes / 1e9:.2f} at the start)",
         "matmul " + ", ".join(f"{kind} {rate / 1e9:.0f}" for kind, rate in run.matmul_rates.items()) + " GFLOP/s",
         f"losses {[round(loss, 5) for loss in run.losses[:5]]}",
+        f"first step {run.seconds[0]:.1f} s, process {run.process_seconds:.0f} s",
     )
     print(" ".join(words), flush=True)
 
@@ -127,6 +128,21 @@ def result(args: argparse.Namespace, spec: dict[str, Any], pairs: Sequence[Pair]
     }
 
 
+def peer_specs(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each of the peer's sides is told; there are two where TRL runs with and without Liger."""
+    return [{**spec, "trl_liger": liger} for liger in spec.get("trl_liger", [False])]
+
+
+def keep(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Records a line and prints what it comes to."""
+    line = record.append(f"peers_{args.stage}", found, device=args.device, folder=args.results)
+    print(
+        f"{line['peer']}: ratio {line['ratio']} memory_ratio {line['memory_ratio']} "
+        f"largest difference of losses {line['losses']['largest_difference']}",
+        flush=True,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words == ["table"]:
@@ -140,26 +156,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         spec = stage.make_spec(args, folder)
         settings: dict[str, Any] = {"threads": args.threads, "device": args.device, "timeout": args.timeout}
         if args.only:
-            run = run_side(args.stage, args.only, spec, folder, **settings)
+            told = spec if args.only == "ptl" else peer_specs(spec)[0]
+            run = run_side(args.stage, args.only, told, folder, **settings)
             show(args.only, run, args.warmup)
             for name, values in run.settings.get("profile", {}).items():
                 print(f"{name}: " + ", ".join(f"{key} {value:.1%}" for key, value in values.items()))
             return 0
-        pairs = []
-        for _ in range(args.pairs):
-            runs = {}
-            for side in ("ptl", "peer"):
-                runs[side] = run_side(args.stage, side, spec, folder, **settings)
-                show(side, runs[side], args.warmup)
-            pairs.append(Pair(**runs))
-            check_same_work(pairs[-1])
-    line = record.append(
-        f"peers_{args.stage}", result(args, spec, pairs, peer), device=args.device, folder=args.results
-    )
-    print(
-        f"ratio {line['ratio']} memory_ratio {line['memory_ratio']} "
-        f"largest difference of losses {line['losses']['largest_difference']}"
-    )
+        theirs = peer_specs(spec)
+        pairs: list[list[Pair]] = [[] for _ in theirs]
+        for left in reversed(range(args.pairs)):
+            ours = run_side(args.stage, "ptl", spec, folder, **settings)
+            show("ptl", ours, args.warmup)
+            for told, found in zip(theirs, pairs):
+                run = run_side(args.stage, "peer", told, folder, **settings)
+                show("peer", run, args.warmup)
+                found.append(Pair(ptl=ours, peer=run))
+                check_same_work(found[-1])
+                if not left:
+                    name = peer + (" with Liger" if told.get("trl_liger") else "")
+                    keep(args, result(args, spec, found, name))
     return 0
 
 

@@ -7,8 +7,9 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Measured:
         start_bytes: the same before the model was loaded: interpreter and libraries.
         matmul_rates: FLOP/s of a plain matrix product on this machine right after the run, by dtype.
         settings: what this side was run with, as its own library names it.
+        process_seconds: from the start of the process to its end, as seen from outside.
     """
 
     seconds: list[float]
@@ -45,6 +47,7 @@ class Measured:
     start_bytes: int
     matmul_rates: dict[str, float]
     settings: dict[str, Any] = field(default_factory=dict)
+    process_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,20 +73,26 @@ def run_side(
         timeout: seconds.
 
     Raises:
-        RuntimeError: the process failed, with the last lines of what it wrote.
-        subprocess.TimeoutExpired: it took longer than ``timeout``.
+        RuntimeError: the process failed or took longer than ``timeout``, with the last lines of what it wrote.
     """
     inputs, output = folder / f"{side}-in.json", folder / f"{side}-out.json"
     output.unlink(missing_ok=True)
     inputs.write_text(json.dumps(dict(spec)), encoding="utf-8")
     command = [sys.executable, "-m", "benchmarks.peer_tools", stage, side, str(inputs), str(output)]
-    done = subprocess.run(
-        command, env=environment(threads, device), capture_output=True, text=True, timeout=timeout, check=False
-    )
-    if done.returncode != 0:
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-30:])
-        raise RuntimeError(f"the {side} side of stage {stage} ended with code {done.returncode}:\n{tail}")
-    return Measured(**json.loads(output.read_text(encoding="utf-8")))
+    log, start = folder / f"{side}.log", time.perf_counter()
+    with log.open("w", encoding="utf-8") as file:
+        running = subprocess.Popen(command, env=environment(threads, device), stdout=file, stderr=subprocess.STDOUT)
+        try:
+            how = f"ended with code {running.wait(timeout)}"
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait()
+            how = f"did not end within --timeout {timeout:g} s"
+    if running.returncode != 0:
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:])
+        raise RuntimeError(f"the {side} side of stage {stage} {how}:\n{tail}")
+    found = Measured(**json.loads(output.read_text(encoding="utf-8")))
+    return replace(found, process_seconds=time.perf_counter() - start)
 
 
 def environment(threads: int, device: str) -> dict[str, str]:
@@ -145,6 +154,8 @@ def compare(pairs: Sequence[Pair], *, warmup: int, dtype: str, peak: float | Non
         "pairs": len(pairs),
         "steps": len(pairs[0].ptl.seconds),
         "warmup": warmup,
+        "process_seconds": median(lambda run: run.process_seconds, 1),
+        "first_step_seconds": median(lambda run: run.seconds[0], 1),
         "step_seconds": {name: _step_seconds(runs, warmup) for name, runs in sides.items()},
         "cpu_seconds_per_step": median(lambda run: _mean(run.cpu_seconds[warmup:]), 3),
         "useful_tokens_per_second": median(lambda run: _rate(run.useful_tokens, run.seconds, warmup), 1),

@@ -84,6 +84,8 @@ def test_runs_that_did_other_work_are_not_compared(other, reason):
 def test_a_side_that_fails_says_why(tmp_path):
     with pytest.raises(RuntimeError, match=r"ptl side of stage nowhere ended with code 1:\n(.|\n)*ModuleNotFoundError"):
         run_side("nowhere", "ptl", {}, tmp_path, threads=1, device="cpu", timeout=120)
+    with pytest.raises(RuntimeError, match=r"peer side of stage sft did not end within --timeout 0\.01 s"):
+        run_side("sft", "peer", {}, tmp_path, threads=1, device="cpu", timeout=0.01)
 
 
 # ---- rows ----
@@ -229,6 +231,27 @@ def test_the_recorded_line_names_what_was_compared(model_folder, source, tmp_pat
     assert line["ratio"] == 2.0 and line["pairs"] == 1 and line["rows_sha256"] == "ab"
     assert record.read("peers_sft", tmp_path) == [line]
     assert "| lora-bf16 |" in report.table([line])
+
+
+def test_with_and_without_liger_two_runs_of_trl_take_turns_with_ours(
+    model_folder, source, tokenizer, tmp_path, monkeypatch
+):
+    turns = []
+
+    def run_side(stage, side, spec, folder, **settings):
+        turns.append("ptl" if side == "ptl" else spec["trl_liger"])
+        return measured((3.0, 1.0, 1.0) if side == "ptl" else (3.0, 3.0 - spec["trl_liger"], 3.0 - spec["trl_liger"]))
+
+    monkeypatch.setattr(peers, "run_side", run_side)
+    template = tmp_path / "own.jinja"
+    template.write_text(tokenizer.chat_template, encoding="utf-8")
+    words = ["--model", str(model_folder), "--rows", str(source), "--tokens", "20", "200", "--steps", "3"]
+    words += ["--pairs", "2", "--trl-template", str(template), "--results", str(tmp_path), "--trl-liger", "both"]
+    assert peers.main(words) == 0
+    assert turns == ["ptl", False, True] * 2
+    without, with_it = record.read("peers_sft", tmp_path)
+    assert (without["ratio"], without["pairs"]) == (3.0, 2) and not without["peer"].endswith("with Liger")
+    assert (with_it["ratio"], with_it["pairs"]) == (2.0, 2) and with_it["peer"].endswith("with Liger")
 
 
 # ---- results ----
