@@ -128,9 +128,10 @@ def result(args: argparse.Namespace, spec: dict[str, Any], pairs: Sequence[Pair]
     }
 
 
-def peer_specs(spec: dict[str, Any]) -> list[dict[str, Any]]:
+def peer_specs(args: argparse.Namespace, spec: dict[str, Any]) -> list[dict[str, Any]]:
     """What each of the peer's sides is told; there are two where TRL runs with and without Liger."""
-    return [{**spec, "trl_liger": liger} for liger in spec.get("trl_liger", [False])]
+    both = getattr(args, "trl_liger", "off") == "both"
+    return [{**spec, "trl_liger": liger} for liger in (False, True)] if both else [spec]
 
 
 def keep(args: argparse.Namespace, found: dict[str, Any]) -> None:
@@ -156,13 +157,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         spec = stage.make_spec(args, folder)
         settings: dict[str, Any] = {"threads": args.threads, "device": args.device, "timeout": args.timeout}
         if args.only:
-            told = spec if args.only == "ptl" else peer_specs(spec)[0]
-            run = run_side(args.stage, args.only, told, folder, **settings)
+            run = run_side(args.stage, args.only, spec, folder, **settings)
             show(args.only, run, args.warmup)
             for name, values in run.settings.get("profile", {}).items():
                 print(f"{name}: " + ", ".join(f"{key} {value:.1%}" for key, value in values.items()))
             return 0
-        theirs = peer_specs(spec)
+        theirs = peer_specs(args, spec)
         pairs: list[list[Pair]] = [[] for _ in theirs]
         for left in reversed(range(args.pairs)):
             ours = run_side(args.stage, "ptl", spec, folder, **settings)

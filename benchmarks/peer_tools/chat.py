@@ -17,8 +17,6 @@ SMOLLM2_TRAINING = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """SmolLM2's chat template with the marks that ``assistant_only_loss`` needs; it renders to the same text."""
-LIGER = {"off": [False], "on": [True], "both": [False, True]}
-"""``use_liger_kernel`` of each run of TRL, by the word on the command line."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trl-micro", type=int, help="per_device_train_batch_size; default TRL's 8, or --batch-rows")
     parser.add_argument("--trl-checkpointing", action="store_true", help="TRL's default; off here, which is faster")
     parser.add_argument(
-        "--trl-liger", choices=LIGER, default="off", help="Liger's kernels (CUDA); both: two sides, beside one of ptl"
+        "--trl-liger",
+        choices=("off", "on", "both"),
+        default="off",
+        help="Liger's kernels (CUDA); both: two sides, beside one of ptl",
     )
     parser.add_argument("--trl-template", type=Path, help="chat template with {%% generation %%} marks, as TRL needs")
 
@@ -87,7 +88,7 @@ def make_spec(args: argparse.Namespace, folder: Path, *, lr: float) -> dict[str,
         "checkpointing": args.checkpointing,
         "trl_micro": trl_micro,
         "trl_checkpointing": args.trl_checkpointing,
-        "trl_liger": LIGER[args.trl_liger],
+        "trl_liger": args.trl_liger == "on",
         "trl_template": template,
     }
 
