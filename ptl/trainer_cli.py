@@ -95,10 +95,12 @@ class SaveConfig(SaveConfigCallback):
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(text, encoding="utf-8")
-        # As JSON, since YAML would read the mask of a secret as a list.
-        tree = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))
         for logger in trainer.loggers:
-            logger.log_hyperparams(tree if isinstance(logger, WandbRun) else {"config": text})
+            if isinstance(logger, WandbRun):
+                # As JSON, since YAML would read the mask of a secret as a list.
+                logger.log_hyperparams(json.loads(self.parser.dump(self.config, skip_none=False, format="json")))
+            else:
+                logger.log_hyperparams({"config": text})
 
 
 class PTLCLI(LightningCLI):

@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 import traceback
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -255,6 +256,8 @@ def main() -> None:
         with contextlib.suppress(ImportError):  # of what is not installed here
             importlib.import_module(name)
     _load_extensions()
+    for finalizer in list(weakref.finalize._registry):
+        finalizer.atexit = False  # torch's libraries, say: at the end of a fork they are taken apart for nothing
     gc.collect()
     gc.freeze()  # so that a collection in a fork does not copy every page
     clients: list[socket.socket] = []

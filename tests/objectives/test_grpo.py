@@ -31,6 +31,7 @@ from ptl.rollout.selfcheck import SelfCheck, SelfCheckError
 from ptl.rollout.settings import Rollout
 from tests import tiny
 from tests.objectives import law, rl
+from tests.objectives.rl_ranks import SaveAt
 from tests.ranks import RanksFailedError, run_ranks
 
 
@@ -40,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def fitted(
-    folder: Path, steps: int = 1, *, resume: Path | None = None, callbacks: Any = (), trainer=None, **options: Any
+    folder: Path, steps: int = 1, *, resume: Path | str | None = None, callbacks: Any = (), trainer=None, **options: Any
 ):
     """The objective after some steps on one rank, with its trainer."""
     L.seed_everything(7, verbose=False)
@@ -394,19 +395,27 @@ def test_trap_grpo_15_draws_differ_by_answer_prompt_step_and_seed(tmp_path):
     assert seen["epoch"] != seen["one"] != seen["seed"]
 
 
+HALFWAY: dict[str, Any] = {"minibatches": 2, "epochs": 2, "micro": 4, "kl": 0.1, "sgd": False, "lr": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory) -> tuple[Any, dict[int, str]]:
+    """The objective after six steps, and what was saved after the others."""
+    out = tmp_path_factory.mktemp("whole")
+    saved = SaveAt({stop: str(out / f"{stop}.ckpt") for stop in range(1, 6)})
+    return fitted(folder, 6, callbacks=[saved], **HALFWAY)[0], saved.paths
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
-def test_law_6_a_run_goes_on_in_the_middle_of_a_rollout(folder, tmp_path, stop):
+def test_law_6_a_run_goes_on_in_the_middle_of_a_rollout(folder, whole, stop):
     """Two steps of prompts, walked twice: stops fall between rollouts, between steps, and within the second walk."""
-    options = {"minibatches": 2, "epochs": 2, "micro": 4, "kl": 0.1, "sgd": False, "lr": 1e-2}
-    whole, _ = fitted(folder, 6, **options)
-    _, trainer = fitted(folder, stop, **options)
-    trainer.save_checkpoint(tmp_path / "stop.ckpt")
-    kept = torch.load(tmp_path / "stop.ckpt", weights_only=True)["rollout"]
+    ended, saved = whole
+    kept = torch.load(saved[stop], weights_only=True)["rollout"]
     assert bool(kept) == (stop != 4)
-    again, _ = fitted(folder, 6, resume=tmp_path / "stop.ckpt", **options)
-    for (name, one), other in zip(weights(whole).items(), weights(again).values(), strict=True):
+    again, _ = fitted(folder, 6, resume=saved[stop], **HALFWAY)
+    for (name, one), other in zip(weights(ended).items(), weights(again).values(), strict=True):
         assert torch.equal(one, other), name
-    assert answers_of(whole) == answers_of(again)
+    assert answers_of(ended) == answers_of(again)
 
 
 def test_law_6_other_ranks_cannot_cut_a_rollout_that_has_begun(folder, tmp_path):

@@ -28,6 +28,7 @@ from ptl.rollout.selfcheck import SelfCheck
 from ptl.rollout.settings import Rollout
 from tests import tiny
 from tests.objectives import law, ppo_mdp, ppo_rl, rl
+from tests.objectives.rl_ranks import SaveAt
 from tests.ranks import run_ranks
 
 
@@ -37,7 +38,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def fitted(
-    folder: Path, steps: int = 1, *, resume: Path | None = None, callbacks: Any = (), trainer=None, **options: Any
+    folder: Path, steps: int = 1, *, resume: Path | str | None = None, callbacks: Any = (), trainer=None, **options: Any
 ) -> tuple[Any, Any]:
     """The objective after some steps on one rank, with its trainer."""
     L.seed_everything(7, verbose=False)
@@ -251,10 +252,12 @@ def test_the_first_step_is_exactly_on_policy_and_its_numbers_are_told(folder, cr
 
 @pytest.mark.parametrize("critic", [None, "critic"])
 @pytest.mark.parametrize("lora", [False, True])
-def test_warm_up_trains_the_critic_and_leaves_the_policy_to_the_bit(folder, critic, lora):
+def test_warm_up_trains_the_critic_and_leaves_the_policy_to_the_bit(folder, tmp_path, critic, lora):
     options = {"critic": critic, "lora": lora, "warm_up": 2, "sgd": False, "lr": 1e-2}
     start = weights(fitted(folder, 1, **{**options, "lr": 1e-30})[0])
-    warm, after = (weights(fitted(folder, steps, **options)[0]) for steps in (2, 3))
+    saved = SaveAt({2: str(tmp_path / "warm.ckpt")}, weights)
+    after = weights(fitted(folder, 3, callbacks=[saved], **options)[0])
+    warm = saved.said[2]
     for name, value in start.items():
         if name.startswith("policy."):
             assert torch.equal(value, warm[name]), name
@@ -345,21 +348,37 @@ def test_a_policy_in_four_bits_learns_and_its_codes_stay(wide, critic):
 # ---- checkpoints ----
 
 
-@pytest.mark.parametrize(("stop", "critic"), [(1, None), (2, None), (3, None), (3, "critic"), (4, None), (5, None)])
-def test_law_6_a_run_goes_on_in_the_middle_of_a_rollout(folder, tmp_path, stop, critic):
+STOPS: dict[str | None, list[int]] = {None: [1, 2, 3, 4, 5], "critic": [3]}
+HALFWAY: dict[str, Any] = {"rollout": {"minibatches": 2, "epochs": 2}, "sgd": False, "lr": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory) -> dict[str | None, tuple[Any, SaveAt]]:
+    """By critic, six steps of which some were saved: the objective, and what it said of itself at each."""
+    found = {}
+    for critic, stops in STOPS.items():
+        out = tmp_path_factory.mktemp("whole")
+        saved = SaveAt({stop: str(out / f"{stop}.ckpt") for stop in stops}, said_of)
+        found[critic] = fitted(folder, 6, critic=critic, callbacks=[saved], **HALFWAY)[0], saved
+    return found
+
+
+def said_of(objective: Any) -> dict[str, Any]:
+    return {"normaliser": dict(objective.normaliser.state_dict()), "kl": {"value": objective.kl.value}}
+
+
+@pytest.mark.parametrize(("critic", "stop"), [(critic, stop) for critic, stops in STOPS.items() for stop in stops])
+def test_law_6_a_run_goes_on_in_the_middle_of_a_rollout(folder, whole, critic, stop):
     """Two steps of prompts, walked twice: stops fall between rollouts, between steps, and within the second walk."""
-    how: dict[str, Any] = {"rollout": {"minibatches": 2, "epochs": 2}, "sgd": False, "lr": 1e-2, "critic": critic}
-    whole, _ = fitted(folder, 6, **how)
-    stopped, trainer = fitted(folder, stop, **how)
-    trainer.save_checkpoint(tmp_path / "stop.ckpt")
-    saved = torch.load(tmp_path / "stop.ckpt", weights_only=True)
+    ended, saves = whole[critic]
+    saved = torch.load(saves.paths[stop], weights_only=True)
     assert bool(saved["rollout"]) == (stop != 4)
-    assert saved["ppo"]["normaliser"] == stopped.normaliser.state_dict() and saved["ppo"]["normaliser"]["count"] >= 16
-    assert saved["ppo"]["kl"] == {"value": stopped.kl.value} != {"value": ppo_rl.COEFFICIENT}
-    again, _ = fitted(folder, 6, resume=tmp_path / "stop.ckpt", **how)
-    for (name, one), other in zip(weights(whole).items(), weights(again).values(), strict=True):
+    assert {"normaliser": saved["ppo"]["normaliser"], "kl": saved["ppo"]["kl"]} == saves.said[stop]
+    assert saved["ppo"]["normaliser"]["count"] >= 16 and saved["ppo"]["kl"]["value"] != ppo_rl.COEFFICIENT
+    again, _ = fitted(folder, 6, critic=critic, resume=saves.paths[stop], **HALFWAY)
+    for (name, one), other in zip(weights(ended).items(), weights(again).values(), strict=True):
         assert torch.equal(one, other), name
-    assert whole.kl.value == again.kl.value and whole.normaliser.state_dict() == again.normaliser.state_dict()
+    assert said_of(ended) == said_of(again)
 
 
 RESUMED: list[dict[str, Any]] = [

@@ -115,11 +115,11 @@ def reference_weights(folder: Path, results: Path, kind: str) -> tuple[np.ndarra
                         answer = group["answers"][k]
                         logp = logits(model, group["prompt"], answer)
                         own = logp.gather(1, torch.tensor(answer)[:, None])[:, 0]
-                        there = logits(held, group["prompt"], answer).gather(1, torch.tensor(answer)[:, None])[:, 0]
                         losses = obvious_losses(
                             own, old[group["position"], k], advantages[group["position"], k], how["kind"]
                         )
                         if how["kl"]:
+                            there = logits(held, group["prompt"], answer).gather(1, torch.tensor(answer)[:, None])[:, 0]
                             ratio = (own - old[group["position"], k]).exp()
                             k3 = (there - own).exp() - (there - own) - 1
                             losses = losses + how["kl"] * ratio * k3
