@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks import record
@@ -197,10 +198,6 @@ def sizes(processes: Sequence[Any], size: Callable[[Any], int]) -> Iterator[int]
 # ---- the benchmark ----
 
 
-def median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
-
-
 def peers(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Alternating runs of both sides on the first ``peer_count`` rows."""
     path = folder / "peer.jsonl"
@@ -236,6 +233,8 @@ def peers(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def prepare_stage(args: argparse.Namespace) -> dict[str, Any]:
     """The million, its second start, and the peer."""
+    if args.scratch:
+        Path(args.scratch).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         folder = Path(scratch)
         found = peers(folder, args) if args.pairs else {}
