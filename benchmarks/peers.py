@@ -157,10 +157,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         spec = stage.make_spec(args, folder)
         settings: dict[str, Any] = {"threads": args.threads, "device": args.device, "timeout": args.timeout}
         if args.only:
-            run = run_side(args.stage, args.only, spec, folder, **settings)
-            show(args.only, run, args.warmup)
-            for name, values in run.settings.get("profile", {}).items():
-                print(f"{name}: " + ", ".join(f"{key} {value:.1%}" for key, value in values.items()))
+            for told in peer_specs(args, spec) if args.only == "peer" else [spec]:
+                run = run_side(args.stage, args.only, told, folder, **settings)
+                show(args.only, run, args.warmup)
+                for name, values in run.settings.get("profile", {}).items():
+                    print(f"{name}: " + ", ".join(f"{key} {value:.1%}" for key, value in values.items()))
             return 0
         theirs = peer_specs(args, spec)
         pairs: list[list[Pair]] = [[] for _ in theirs]

@@ -81,14 +81,13 @@ def run_side(
     command = [sys.executable, "-m", "benchmarks.peer_tools", stage, side, str(inputs), str(output)]
     log, start = folder / f"{side}.log", time.perf_counter()
     with log.open("w", encoding="utf-8") as file:
-        running = subprocess.Popen(command, env=environment(threads, device), stdout=file, stderr=subprocess.STDOUT)
+        streams: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT}
         try:
-            how = f"ended with code {running.wait(timeout)}"
+            done = subprocess.run(command, env=environment(threads, device), timeout=timeout, check=False, **streams)
+            how = f"ended with code {done.returncode}" if done.returncode else None
         except subprocess.TimeoutExpired:
-            running.kill()
-            running.wait()
             how = f"did not end within --timeout {timeout:g} s"
-    if running.returncode != 0:
+    if how is not None:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:])
         raise RuntimeError(f"the {side} side of stage {stage} {how}:\n{tail}")
     found = Measured(**json.loads(output.read_text(encoding="utf-8")))
